@@ -1,0 +1,106 @@
+"""The allocation problem: units that choose one option each, what an option costs and what it loses.
+
+A unit is one linear, or a fused set whose members must agree. Pins narrow a unit to one width. Losses are additive
+here; the quadratic terms between units have their place beside `losses` once they are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from llmmpq.errors import InfeasibleBudgetError, RecipeError
+from llmmpq.records import LinearSpec, Scheme, Sensitivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Linears that take the same width, and their common options in rising order of bytes."""
+
+    members: tuple[LinearSpec, ...]
+    schemes: tuple[Scheme, ...]
+    nbytes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name if len(self.members) == 1 else self.members[0].fused_set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Choose one option of every unit: least loss within a number of bytes."""
+
+    units: tuple[Unit, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(member.num_weights for unit in self.units for member in unit.members)
+
+    @property
+    def smallest_nbytes(self) -> int:
+        return sum(min(unit.nbytes) for unit in self.units)
+
+    @property
+    def largest_nbytes(self) -> int:
+        return sum(max(unit.nbytes) for unit in self.units)
+
+
+def build_problem(sensitivity: Sensitivity, *, pins: Mapping[str, int], fuse: bool) -> Problem:
+    pinned = match_pins(sensitivity.linears, pins)
+    sets: dict[str, list[LinearSpec]] = {}
+    for spec in sensitivity.linears:
+        sets.setdefault(spec.fused_set if fuse else spec.name, []).append(spec)
+    return Problem(units=tuple(_build_unit(tuple(members), sensitivity, pinned) for members in sets.values()))
+
+
+def match_pins(linears: Iterable[LinearSpec], pins: Mapping[str, int]) -> dict[str, int]:
+    """Linear name -> pinned width. Later patterns win; one that matches nothing is an error.
+
+    A pattern may name the whole linear or leave out what stands before the list of blocks: `layers.0.*`.
+    """
+    specs = list(linears)
+    pinned: dict[str, int] = {}
+    for pattern, bits in pins.items():
+        matches = [
+            spec.name
+            for spec in specs
+            if fnmatchcase(spec.name, pattern) or fnmatchcase(spec.name, f"*.{pattern}")
+        ]
+        if not matches:
+            raise RecipeError(f"pin {pattern!r} matches no linear; names look like {specs[0].name!r}")
+        pinned |= dict.fromkeys(matches, bits)
+    return pinned
+
+
+def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinned: Mapping[str, int]) -> Unit:
+    wanted = {pinned[spec.name] for spec in members if spec.name in pinned}
+    if len(wanted) > 1:
+        raise InfeasibleBudgetError(
+            f"{members[0].fused_set} must agree on one width, but its members are pinned to {sorted(wanted)}. "
+            "Pin them alike, or leave out --fuse."
+        )
+    by_width = []
+    for spec in members:
+        options = sensitivity.options[spec.name]
+        by_width.append({scheme.bits: position for position, scheme in enumerate(options)})
+    common = sorted(wanted or set.intersection(*(set(widths) for widths in by_width)))
+    schemes, nbytes, losses = [], [], []
+    for bits in common:
+        chosen = [widths[bits] for widths in by_width]
+        loss = sum(
+            sensitivity.losses[spec.name][position] for spec, position in zip(members, chosen, strict=True)
+        )
+        # An option that costs more and loses no less is never the answer; dropping it also settles ties.
+        if losses and loss >= losses[-1]:
+            continue
+        schemes.append(sensitivity.options[members[0].name][chosen[0]])
+        nbytes.append(
+            sum(
+                sensitivity.options[spec.name][position].nbytes(spec.shape)
+                for spec, position in zip(members, chosen, strict=True)
+            )
+        )
+        losses.append(loss)
+    return Unit(members=members, schemes=tuple(schemes), nbytes=tuple(nbytes), losses=tuple(losses))

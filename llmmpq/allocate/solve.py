@@ -1,0 +1,205 @@
+"""The additive problem, solved to proven optimality: a multiple-choice knapsack as a HiGHS MILP.
+
+    minimise  sum_uo loss_uo x_uo     subject to  sum_o x_uo = 1 for every unit,  sum_uo nbytes_uo x_uo <= budget
+
+HiGHS works in floating point with tolerances, so its answer is checked in whole bytes and polished by exact single
+and pair moves. One thread and a fixed seed: equal input gives an equal plan. The gap of the returned plan against
+HiGHS's dual bound is always reported, also when the time limit ends the search first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import gcd
+
+import highspy
+import numpy as np
+
+from llmmpq.allocate.budget import describe
+from llmmpq.allocate.problem import Problem, Unit
+from llmmpq.errors import InfeasibleBudgetError
+from llmmpq.records import Plan, PlannedLinear
+
+# HiGHS's optimality tolerances are absolute (1e-7): losses are scaled so that they are far below what matters.
+OBJECTIVE_SCALE = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """An option index per unit, its loss, and how far from optimal it can be at most."""
+
+    choice: tuple[int, ...]
+    loss: float
+    nbytes: int
+    gap: float
+
+
+def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solution:
+    if budget_nbytes >= problem.largest_nbytes:
+        return _solution(problem, [len(unit.losses) - 1 for unit in problem.units], bound=None)
+    unit_nbytes = reduce(gcd, (size for unit in problem.units for size in unit.nbytes))
+    choice, bound = _solve_milp(problem, budget_nbytes, unit_nbytes, time_limit_s)
+    if choice is None:
+        choice = [0] * len(problem.units)
+    _polish(problem, choice, budget_nbytes)
+    return _solution(problem, choice, bound=bound)
+
+
+def uniform(problem: Problem, budget_nbytes: int) -> Solution:
+    """The widest single width that fits everywhere (pinned units keep their pin)."""
+    widths = sorted({scheme.bits for unit in problem.units for scheme in unit.schemes}, reverse=True)
+    for bits in widths:
+        choice = [
+            max((i for i, scheme in enumerate(unit.schemes) if scheme.bits <= bits), default=0)
+            for unit in problem.units
+        ]
+        if _nbytes(problem, choice) <= budget_nbytes:
+            return _solution(problem, choice, bound=None)
+    return _solution(problem, [0] * len(problem.units), bound=None)
+
+
+def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, object]) -> None:
+    smallest = problem.smallest_nbytes
+    if smallest <= budget_nbytes:
+        return
+    num_weights = problem.num_weights
+    pinned = [unit for unit in problem.units if len(unit.schemes) == 1]
+    pinned_nbytes = sum(unit.nbytes[0] for unit in pinned)
+    overhead = smallest - sum(
+        min(scheme.bits for scheme in unit.schemes) * member.num_weights // 8
+        for unit in problem.units
+        for member in unit.members
+    )
+    binds = f"scales and zeros take {8 * overhead / num_weights:.2f} of them"
+    if pinned:
+        binds += f", and {len(pinned)} pinned layers {8 * pinned_nbytes / num_weights:.2f}"
+    # Rounded up, so that the figure named is one that works.
+    needed = -(-smallest * 8 * 1000 // num_weights) / 1000
+    raise InfeasibleBudgetError(
+        f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight "
+        f"({smallest:,} bytes); {binds}. Raise --avg-bits to {needed:.3f} or more, use larger groups"
+        f"{', or loosen the pins' if pinned else ''}."
+    )
+
+
+def to_plan(problem: Problem, solution: Solution, *, method: str, budget: dict[str, object]) -> Plan:
+    chosen = {
+        member.name: (member, unit.schemes[position])
+        for unit, position in zip(problem.units, solution.choice, strict=True)
+        for member in unit.members
+    }
+    order = sorted(chosen.values(), key=lambda item: item[0].block)
+    return Plan(
+        linears={
+            spec.name: PlannedLinear(shape=spec.shape, block=spec.block, role=spec.role, scheme=scheme)
+            for spec, scheme in order
+        },
+        method=method,
+        budget=budget,
+        predicted_loss=solution.loss,
+        optimality_gap=solution.gap,
+    )
+
+
+def _solve_milp(
+    problem: Problem, budget_nbytes: int, unit_nbytes: int, time_limit_s: float
+) -> tuple[list[int] | None, float]:
+    losses = np.concatenate([np.asarray(unit.losses) for unit in problem.units])
+    costs = np.concatenate([np.asarray(unit.nbytes) // unit_nbytes for unit in problem.units]).astype(np.float64)
+    # The largest loss that can still be chosen sets the scale: losses of 8 bits are a millionth of those of 2.
+    scale = OBJECTIVE_SCALE / max(float(losses.max()), np.finfo(np.float64).tiny)
+    sizes = [len(unit.losses) for unit in problem.units]
+    num_columns, num_units = len(losses), len(sizes)
+    unit_of = np.repeat(np.arange(num_units), sizes)
+
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = num_columns, num_units + 1
+    model.col_cost_ = losses * scale
+    model.col_lower_, model.col_upper_ = np.zeros(num_columns), np.ones(num_columns)
+    model.integrality_ = [highspy.HighsVarType.kInteger] * num_columns
+    model.row_lower_ = np.append(np.ones(num_units), -highspy.kHighsInf)
+    model.row_upper_ = np.append(np.ones(num_units), float(budget_nbytes // unit_nbytes))
+    model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    model.a_matrix_.start_ = np.arange(0, 2 * num_columns + 1, 2)
+    model.a_matrix_.index_ = np.column_stack([unit_of, np.full(num_columns, num_units)]).reshape(-1)
+    model.a_matrix_.value_ = np.column_stack([np.ones(num_columns), costs]).reshape(-1)
+
+    solver = highspy.Highs()
+    for option, value in {
+        "output_flag": False,
+        "threads": 1,
+        "random_seed": 0,
+        "mip_rel_gap": 0.0,
+        "mip_abs_gap": 0.0,
+        "mip_feasibility_tolerance": 1e-9,
+        "time_limit": time_limit_s,
+    }.items():
+        solver.setOptionValue(option, value)
+    solver.passModel(model)
+    solver.run()
+    info = solver.getInfo()
+    bound = info.mip_dual_bound / scale
+    values = np.asarray(solver.getSolution().col_value)
+    if len(values) != num_columns:
+        return None, bound
+    starts = np.cumsum([0, *sizes])
+    return [int(np.argmax(values[starts[i] : starts[i + 1]])) for i in range(num_units)], bound
+
+
+def _polish(problem: Problem, choice: list[int], budget_nbytes: int) -> None:
+    """Make the choice fit in whole bytes, then take every single or pair move that lowers the loss."""
+    units = problem.units
+    while _nbytes(problem, choice) > budget_nbytes:
+        steps = [
+            ((unit.losses[at - 1] - unit.losses[at]) / (unit.nbytes[at] - unit.nbytes[at - 1]), i)
+            for i, (unit, at) in enumerate(zip(units, choice, strict=True))
+            if at > 0
+        ]
+        choice[min(steps)[1]] -= 1
+    improved = True
+    while improved:
+        improved = False
+        slack = budget_nbytes - _nbytes(problem, choice)
+        for i, unit in enumerate(units):
+            for option in range(choice[i] + 1, len(unit.losses)):
+                gain = unit.losses[choice[i]] - unit.losses[option]
+                need = unit.nbytes[option] - unit.nbytes[choice[i]] - slack
+                partner = _cheapest_give_back(units, choice, need=need, below=gain, exclude=i)
+                if need <= 0 or partner is not None:
+                    choice[i] = option
+                    if partner is not None:
+                        choice[partner[0]] = partner[1]
+                    slack = budget_nbytes - _nbytes(problem, choice)
+                    improved = True
+                    break
+
+
+def _cheapest_give_back(
+    units: Sequence[Unit], choice: list[int], *, need: int, below: float, exclude: int
+) -> tuple[int, int] | None:
+    """The (unit, lower option) that frees at least `need` bytes at a loss below `below`, if any."""
+    if need <= 0:
+        return None
+    best: tuple[float, int, int] | None = None
+    for j, unit in enumerate(units):
+        if j == exclude:
+            continue
+        for option in range(choice[j]):
+            freed = unit.nbytes[choice[j]] - unit.nbytes[option]
+            loss = unit.losses[option] - unit.losses[choice[j]]
+            if freed >= need and loss < below * (1 - 1e-12) and (best is None or loss < best[0]):
+                best = (loss, j, option)
+    return None if best is None else best[1:]
+
+
+def _nbytes(problem: Problem, choice: Sequence[int]) -> int:
+    return sum(unit.nbytes[option] for unit, option in zip(problem.units, choice, strict=True))
+
+
+def _solution(problem: Problem, choice: Sequence[int], *, bound: float | None) -> Solution:
+    loss = sum(unit.losses[option] for unit, option in zip(problem.units, choice, strict=True))
+    gap = 0.0 if bound is None or loss <= 0 else max(0.0, (loss - bound) / loss)
+    # HiGHS's own tolerance: below it the bound and the loss are the same number.
+    return Solution(choice=tuple(choice), loss=loss, nbytes=_nbytes(problem, choice), gap=0.0 if gap < 1e-7 else gap)

@@ -1,0 +1,1 @@
+"""Measure what was made: perplexity, divergence, size and speed, as a report."""

@@ -1,0 +1,134 @@
+"""Carry out a plan, block by block: collect second moments, quantize, let the next block see the result.
+
+Sequential (the default): within a block the linears are taken in the order in which they run, each seeing inputs
+that already went through the quantized ones before it, and the next block sees the quantized block's outputs. So a
+later layer repairs what an earlier one broke. Not sequential: every layer sees the original model's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llmmpq.measure.moments import Moment
+from llmmpq.model.stream import Block
+from llmmpq.quantize.gptq import Factor, factorize
+from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.records import LinearSpec, PackedTensor, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecuteSettings:
+    """How a plan is carried out."""
+
+    use_gptq: bool
+    damping: float
+    activation_order: bool
+    column_block: int
+    sequential: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """The packed linears of one block and, for the report, what happened to each."""
+
+    packed: dict[str, PackedTensor]
+    notes: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+def quantize_block(
+    block: Block, plan: Plan, settings: ExecuteSettings, *, on_linear: Callable[[LinearSpec], None]
+) -> BlockResult:
+    """Quantize every linear of the block; on return its weights are what the next block must see."""
+    packed: dict[str, PackedTensor] = {}
+    notes: dict[str, dict[str, object]] = {}
+    originals = {spec.name: block.linear(spec).weight.data for spec in block.linears}
+    groups = block.input_groups()
+    for group in groups:
+        moment = _moment(block, group[0])
+        mean_KK = moment.mean(group[0].name)
+        importance_K = mean_KK.diagonal().clone()
+        trace = float(importance_K.double().sum())
+        factor = (
+            factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
+            if settings.use_gptq
+            else None
+        )
+        for spec in group:
+            quantized = quantize_linear(
+                originals[spec.name],
+                plan.linears[spec.name].scheme,
+                importance_K=importance_K,
+                factor=factor,
+                column_block=settings.column_block,
+            )
+            packed[spec.name] = quantized.packed
+            notes[spec.name] = _note(quantized.algorithm, settings, factor, moment, trace)
+            if settings.sequential:
+                block.linear(spec).weight.data = dequantized(quantized.packed, originals[spec.name].dtype)
+            on_linear(spec)
+        del moment, mean_KK, factor
+    for spec in block.linears:
+        if spec.name not in packed:
+            weight = originals[spec.name]
+            ones_K = torch.ones(weight.shape[1], device=weight.device)
+            quantized = quantize_linear(
+                weight, plan.linears[spec.name].scheme, importance_K=ones_K, factor=None, column_block=1
+            )
+            packed[spec.name] = quantized.packed
+            notes[spec.name] = {"algorithm": "rtn", "fallback": "no calibration token reached this layer"}
+            if settings.sequential:
+                block.linear(spec).weight.data = dequantized(quantized.packed, weight.dtype)
+            on_linear(spec)
+    order = [spec.name for spec in block.linears]
+    return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order})
+
+
+def apply_result(block: Block, result: BlockResult) -> None:
+    """Put the quantized weights of an earlier run into the block."""
+    for spec in block.linears:
+        linear = block.linear(spec)
+        packed = result.packed[spec.name]
+        moved = PackedTensor(
+            words=packed.words.to(block.device),
+            scales=packed.scales.to(block.device),
+            zeros=None if packed.zeros is None else packed.zeros.to(block.device),
+            scheme=packed.scheme,
+            shape=packed.shape,
+        )
+        linear.weight.data = dequantized(moved, linear.weight.dtype)
+
+
+def _moment(block: Block, spec: LinearSpec) -> Moment:
+    moment = Moment(spec.shape[1], device=block.device)
+    for inputs in block.inputs_of(spec):
+        moment.add(inputs)
+    return moment
+
+
+def _note(
+    algorithm: str, settings: ExecuteSettings, factor: Factor | None, moment: Moment, trace: float
+) -> dict[str, object]:
+    note: dict[str, object] = {"algorithm": algorithm, "input_energy": trace}
+    if factor is not None:
+        note["damping"] = factor.damping
+        if factor.num_dead:
+            note["dead_channels"] = factor.num_dead
+    elif settings.use_gptq:
+        note["fallback"] = "the second moment of the inputs could not be factored: rounded to nearest instead"
+    if moment.num_excluded:
+        note["excluded_tokens"] = moment.num_excluded
+    return note
+
+
+def fallbacks(notes: Sequence[tuple[str, dict[str, object]]]) -> list[str]:
+    """One sentence for each linear that did not get the algorithm asked for, or lost tokens."""
+    sentences = [f"{name}: {note['fallback']}" for name, note in notes if "fallback" in note]
+    sentences += [
+        f"{name}: {note['excluded_tokens']} tokens with NaN or inf left out"
+        for name, note in notes
+        if "excluded_tokens" in note
+    ]
+    return sentences

@@ -1,0 +1,1 @@
+"""What each candidate does to the model: input moments, losses, the Gram matrix."""

@@ -1,0 +1,110 @@
+"""Additive sensitivities: what each option of each linear does to the output of its block.
+
+In: a loaded block with its original weights. Out: for every linear and option the mean over probe tokens of
+
+    |h_quantized - h|^2 / |h|^2        (h: the block's output for that token)
+
+with this one matrix replaced. The norm of the token itself is the measure because the next norm layer divides by
+it; it also keeps the few tokens with massive activations from drowning the rest. Whole-model terms, and how errors
+of several layers combine, are the business of the cross-layer measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmmpq.measure.moments import Moment
+from llmmpq.model.stream import Block
+from llmmpq.quantize.gptq import factorize
+from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.records import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How candidates are made."""
+
+    use_gptq: bool
+    damping: float
+    activation_order: bool
+    column_block: int
+    num_probe_tokens: int
+
+
+def measure_block(
+    block: Block,
+    options: Mapping[str, Sequence[Scheme]],
+    settings: MeasureSettings,
+    *,
+    on_candidate: Callable[[], None],
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Losses by linear in the order of its options, and warnings."""
+    groups = block.input_groups()
+    warnings = [
+        f"{spec.name}: no calibration token reached it; its options count as equally good"
+        for spec in block.linears
+        if all(spec not in group for group in groups)
+    ]
+    losses = {spec.name: [0.0] * len(options[spec.name]) for spec in block.linears}
+    moments = {group[0].name: Moment(group[0].shape[1], device=block.device) for group in groups}
+    num_batches = _num_probe_batches(block, settings.num_probe_tokens)
+    reference: list[torch.Tensor] = []
+    leaders = [group[0] for group in groups]
+    outputs = block.run_with_inputs(lambda spec, inputs: moments[spec.name].add(inputs), leaders)
+    for position, output in enumerate(outputs):
+        if position < num_batches:
+            reference.append(output)
+    for group in groups:
+        moment = moments.pop(group[0].name)
+        if moment.num_excluded:
+            warnings.append(f"{group[0].name}: {moment.num_excluded} tokens with NaN or inf left out")
+        mean_KK = moment.mean(group[0].name)
+        importance_K = mean_KK.diagonal().clone()
+        factor = (
+            factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
+            if settings.use_gptq
+            else None
+        )
+        del moment, mean_KK
+        for spec in group:
+            linear = block.linear(spec)
+            original = linear.weight.data
+            for position, scheme in enumerate(options[spec.name]):
+                quantized = quantize_linear(
+                    original,
+                    scheme,
+                    importance_K=importance_K,
+                    factor=factor,
+                    column_block=settings.column_block,
+                )
+                linear.weight.data = dequantized(quantized.packed, original.dtype)
+                losses[spec.name][position] = _relative_error(block, reference)
+                linear.weight.data = original
+                on_candidate()
+    return losses, warnings
+
+
+def _num_probe_batches(block: Block, num_tokens: int) -> int:
+    seen = 0
+    for position, state in enumerate(block.states):
+        seen += state.shape[0] * state.shape[1]
+        if seen >= num_tokens:
+            return position + 1
+    return len(block.states)
+
+
+def _relative_error(block: Block, reference: list[torch.Tensor]) -> float:
+    total, count = 0.0, 0
+    for expected, output in zip(reference, block.run(block.states[: len(reference)]), strict=True):
+        expected = expected.float()
+        change = (output.float() - expected).square().sum(-1)
+        ratio = change / expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        finite = torch.isfinite(ratio)
+        total += float(ratio[finite].double().sum())
+        count += int(finite.sum())
+    return total / max(count, 1)
+
+

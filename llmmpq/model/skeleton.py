@@ -1,0 +1,251 @@
+"""A model without its weights: the module tree on the meta device, its decoder blocks, and what can be quantized.
+
+Everything is found by structure, never by the name of a model family: the decoder blocks are the ModuleList that
+holds most of the linear weights; the quantizable linears are the `nn.Linear` modules inside them. What cannot be
+quantized is either an error that names the layer (kinds we may not skip) or listed with the reason it is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
+from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.records import LinearSpec
+
+# Linears that other runtimes run as one kernel and that must then agree in format. Names of roles, not of models.
+FUSED_ROLES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTensor:
+    """A weight that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """The meta model and what was found in it."""
+
+    model: PreTrainedModel
+    block_names: tuple[str, ...]
+    linears: tuple[LinearSpec, ...]
+    kept: tuple[KeptTensor, ...]
+    stored_names: dict[str, str]  # name in the model's state dict -> name in the checkpoint
+    ignored: tuple[str, ...]  # tensors of the checkpoint that the model does not use
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.block_names[index])
+
+    def block_linears(self, index: int) -> list[LinearSpec]:
+        return [spec for spec in self.linears if spec.block == index]
+
+    def block_tensors(self, index: int) -> list[str]:
+        """State-dict names of the stored tensors of one block."""
+        prefix = self.block_names[index] + "."
+        return [name for name in self.stored_names if name.startswith(prefix)]
+
+    @property
+    def widest_in_features(self) -> int:
+        return max(spec.shape[1] for spec in self.linears)
+
+
+def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] = ()) -> Skeleton:
+    model = _meta_model(folder)
+    block_names = _find_blocks(model)
+    stored_names, ignored = _match_names(model, checkpoint)
+    _refuse_unsupported(model, block_names)
+    linears, kept = _inventory(model, block_names, checkpoint, stored_names, keep)
+    if not linears:
+        raise UnsupportedModelError(f"nothing is left to quantize: every linear matches --keep {list(keep)}")
+    return Skeleton(
+        model=model,
+        block_names=block_names,
+        linears=linears,
+        kept=kept,
+        stored_names=stored_names,
+        ignored=ignored,
+    )
+
+
+def _meta_model(folder: Path) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} describes no model that this transformers knows: {reason} "
+            "(models that bring their own code are not run; trust_remote_code is off)"
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method")
+        raise UnsupportedModelError(f"{folder} is already quantized ({method}): start from its 16-bit original")
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{folder} is not a causal language model: {reason[:200]}") from None
+    model.eval()
+    _fill_computed_buffers(model)
+    return model
+
+
+def _fill_computed_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no checkpoint stores (rotary frequencies, embedding scales) are computed by the model itself."""
+    persistent = set(model.state_dict())
+    for name, module in model.named_modules():
+        computed = [
+            key for key in module._buffers if module._buffers[key] is not None and f"{name}.{key}" not in persistent
+        ]
+        if computed:
+            for key in computed:
+                module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
+    best_name, best_size = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(item) for item in module}) == 1:
+            linears = (item for item in module.modules() if isinstance(item, nn.Linear | Conv1D))
+            size = sum(item.weight.numel() for item in linears)
+            experts = sum(p.numel() for p in module.parameters() if p.dim() >= 3)
+            if size + experts > best_size:
+                best_name, best_size = name, size + experts
+    if not best_name:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder blocks with nn.Linear layers: nothing can be quantized"
+        )
+    return tuple(f"{best_name}.{index}" for index in range(len(model.get_submodule(best_name))))
+
+
+def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Match checkpoint names to state-dict names by transformers' own renaming rules, and check every shape."""
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    wanted = model.state_dict()
+    stored_names: dict[str, str] = {}
+    ignored = []
+    for stored in checkpoint.entries:
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
+        if converter is not None and name in wanted:
+            raise UnsupportedModelError(
+                f"{name}: transformers merges or splits the stored tensor {stored!r} into another shape on loading "
+                "(fused experts of mixture-of-experts models are stored so). Such layers are not supported yet."
+            )
+        if name not in wanted and stored in wanted:
+            name = stored
+        if name not in wanted:
+            ignored.append(stored)
+        elif tuple(wanted[name].shape) != checkpoint.entries[stored].shape:
+            raise CheckpointError(
+                f"tensor {stored!r} has shape {list(checkpoint.entries[stored].shape)}, but config.json asks for "
+                f"{list(wanted[name].shape)}: config and weights are not of one model"
+            )
+        else:
+            stored_names[name] = stored
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    missing = [name for name in wanted if name not in stored_names and name not in tied]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint in {checkpoint.folder} lacks {missing[0]!r} ({len(missing)} missing in all) that "
+            f"{type(model).__name__} needs. Download the model again, or check that config.json belongs to it."
+        )
+    return {name: stored_names[name] for name in wanted if name in stored_names}, tuple(ignored)
+
+
+def _refuse_unsupported(model: PreTrainedModel, block_names: Iterable[str]) -> None:
+    for block_name in block_names:
+        for name, module in model.get_submodule(block_name).named_modules():
+            full_name = f"{block_name}.{name}"
+            if isinstance(module, Conv1D):
+                raise UnsupportedModelError(
+                    f"{full_name} is a transformers Conv1D (GPT-2 style, weight stored transposed): not supported "
+                    "yet. Only decoders whose blocks hold nn.Linear can be quantized."
+                )
+            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+                raise UnsupportedModelError(
+                    f"{full_name} is a {type(module).__name__} with a forward of its own: not supported yet"
+                )
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 3 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    raise UnsupportedModelError(
+                        f"{full_name}.{key} is a fused tensor of shape {list(parameter.shape)} (the experts of a "
+                        "mixture-of-experts block): not supported yet"
+                    )
+
+
+def _inventory(
+    model: PreTrainedModel,
+    block_names: Sequence[str],
+    checkpoint: Checkpoint,
+    stored_names: dict[str, str],
+    keep: Sequence[str],
+) -> tuple[tuple[LinearSpec, ...], tuple[KeptTensor, ...]]:
+    linears: list[LinearSpec] = []
+    kept_by_pattern: set[str] = set()
+    for index, block_name in enumerate(block_names):
+        for name, module in model.get_submodule(block_name).named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            full_name = f"{block_name}.{name}"
+            if any(fnmatchcase(full_name, pattern) or fnmatchcase(name, pattern) for pattern in keep):
+                kept_by_pattern.add(f"{full_name}.weight")
+                continue
+            parent, _, role = full_name.rpartition(".")
+            linears.append(
+                LinearSpec(
+                    name=full_name,
+                    shape=(module.out_features, module.in_features),
+                    dtype=checkpoint.entries[stored_names[f"{full_name}.weight"]].dtype,
+                    block=index,
+                    role=role,
+                    fused_set=_fused_set(parent, role),
+                )
+            )
+    if keep and not kept_by_pattern:
+        raise RecipeError(f"output.keep {list(keep)} matches no linear; names look like {linears[0].name!r}")
+    quantized = {f"{spec.name}.weight" for spec in linears}
+    kept = []
+    for name, stored in stored_names.items():
+        if name not in quantized:
+            entry = checkpoint.entries[stored]
+            reason = _reason_kept(name, entry.shape, block_names, by_pattern=name in kept_by_pattern)
+            kept.append(KeptTensor(name=name, shape=entry.shape, nbytes=entry.nbytes, reason=reason))
+    return tuple(linears), tuple(kept)
+
+
+def _fused_set(parent: str, role: str) -> str:
+    for roles in FUSED_ROLES:
+        if role in roles:
+            return f"{parent}.{'+'.join(roles)}"
+    return f"{parent}.{role}"
+
+
+def _reason_kept(name: str, shape: tuple[int, ...], block_names: Sequence[str], *, by_pattern: bool) -> str:
+    if by_pattern:
+        return "named by output.keep"
+    if len(shape) < 2 or math.prod(shape) == max(shape):
+        return "norm, bias or other vector"
+    if any(name.startswith(block_name + ".") for block_name in block_names):
+        return "matrix in a block that is no nn.Linear"
+    return "embedding, output head or other matrix outside the blocks"

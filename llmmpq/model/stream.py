@@ -1,0 +1,309 @@
+"""Decoder blocks one by one: load, hand out, let the caller change weights, run, free.
+
+The calibration batches are embedded once by the model itself: its blocks are silenced for that pass, so that only the
+embedding side runs and every block's own arguments (masks, rotary tables, layer kinds) are seen exactly as the model
+passes them. After that the states travel block by block. Memory: one block's weights and the states.
+
+    for block in BlockStream(...):            # block.run() uses the weights as they are now
+        ...                                    # leaving the loop body runs the block once more for the next one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmmpq.errors import UnsupportedModelError
+from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.skeleton import Skeleton
+from llmmpq.records import LinearSpec
+
+InputHook = Callable[[LinearSpec, torch.Tensor], None]
+
+
+class _EnoughSeen(Exception):
+    """Raised inside the model's forward to end it where the blocks begin or end."""
+
+
+@dataclass(kw_only=True)
+class Block:
+    """One loaded decoder block and the states that enter it."""
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: list[LinearSpec]
+    states: list[torch.Tensor]
+    device: torch.device
+    call: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+
+    def linear(self, spec: LinearSpec) -> nn.Linear:
+        found = self.module.get_submodule(spec.name.removeprefix(self.name + "."))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    @torch.no_grad()
+    def run(self, states: list[torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
+        """Outputs for each batch of states, on the block's device, with the weights as they are now."""
+        for state in self.states if states is None else states:
+            yield self.call(state.to(self.device))
+
+    def run_with_inputs(self, hook: InputHook, specs: list[LinearSpec]) -> Iterator[torch.Tensor]:
+        """Like `run`, showing `hook` the input of each linear in `specs` on the way."""
+        handles = [
+            self.linear(spec).register_forward_pre_hook(lambda _module, args, spec=spec: hook(spec, args[0]))
+            for spec in specs
+        ]
+        try:
+            yield from self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs_of(self, spec: LinearSpec) -> Iterator[torch.Tensor]:
+        """The input of one linear for each batch; the rest of the block is not run."""
+        seen: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _EnoughSeen
+
+        handle = self.linear(spec).register_forward_pre_hook(keep)
+        try:
+            for state in self.states:
+                with torch.no_grad(), suppress(_EnoughSeen):
+                    self.call(state.to(self.device))
+                yield seen.pop()
+        finally:
+            handle.remove()
+
+    def input_groups(self) -> list[list[LinearSpec]]:
+        """The linears by shared input, in the order in which the block runs them. Linears it never runs are absent."""
+        inputs: list[torch.Tensor] = []
+        groups: list[list[LinearSpec]] = []
+
+        def note(spec: LinearSpec, tensor: torch.Tensor) -> None:
+            for known, group in zip(inputs, groups, strict=True):
+                if known is tensor:
+                    group.append(spec)
+                    return
+            inputs.append(tensor)
+            groups.append([spec])
+
+        # One short sequence is enough to see the order.
+        for _ in islice(self.run_with_inputs(note, self.linears), 1):
+            pass
+        return groups
+
+
+class BlockStream:
+    """The blocks of one model over one set of calibration windows."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        windows: torch.Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int = 1,
+        states_on_host: bool = False,
+    ) -> None:
+        self.skeleton = skeleton
+        self.checkpoint = checkpoint
+        self.windows = windows
+        self.device = device
+        self.dtype = dtype
+        self.batch = batch
+        self.states_device = torch.device("cpu") if states_on_host else device
+
+    def __iter__(self) -> Iterator[Block]:
+        skeleton = self.skeleton
+        states, arguments = self._embed()
+        for index, name in enumerate(skeleton.block_names):
+            module = skeleton.block(index)
+            self._load(module, skeleton.block_tensors(index), prefix=name + ".")
+            block = Block(
+                index=index,
+                name=name,
+                module=module,
+                linears=skeleton.block_linears(index),
+                states=states,
+                device=self.device,
+                call=_Caller(module, arguments[index], name),
+            )
+            try:
+                yield block
+                if index + 1 < len(skeleton.block_names):
+                    # In place, batch by batch: two full sets of states never exist.
+                    for position, output in enumerate(block.run()):
+                        states[position] = output.to(self.states_device)
+            finally:
+                for tensor_name in skeleton.block_tensors(index):
+                    _free_tensor(module, tensor_name.removeprefix(name + "."))
+
+    def _load(self, module: nn.Module, names: list[str], *, prefix: str) -> None:
+        stored = self.skeleton.stored_names
+        tensors = self.checkpoint.read((stored[name] for name in names), device=self.device, dtype=self.dtype)
+        for name in names:
+            _set_tensor(module, name.removeprefix(prefix), tensors[stored[name]])
+        for child in module.modules():
+            for key, buffer in child._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    child._buffers[key] = buffer.to(self.device)
+
+    @torch.no_grad()
+    def _embed(self) -> tuple[list[torch.Tensor], list[dict[int, _Arguments]]]:
+        """States entering block 0 for every batch, and per block the other arguments by batch size."""
+        recorder = _Recorder(self.skeleton, self._load_outside_blocks)
+        states = []
+        with recorder:
+            for start in range(0, len(self.windows), self.batch):
+                ids = self.windows[start : start + self.batch].to(self.device)
+                states.append(recorder.embed(ids).to(device=self.states_device, dtype=self.dtype))
+        return states, recorder.arguments
+
+    def _load_outside_blocks(self, module: nn.Module, name: str) -> None:
+        prefix = name + "."
+        wanted = [f"{prefix}{key}" for key in module._parameters | module._buffers]
+        self._load(module, [key for key in wanted if key in self.skeleton.stored_names], prefix=prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arguments:
+    """What the model passes a block besides the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class _Caller:
+    """Calls a block's module with the recorded arguments that fit the batch."""
+
+    def __init__(self, module: nn.Module, arguments: dict[int, _Arguments], name: str) -> None:
+        self.module, self.arguments, self.name = module, arguments, name
+
+    def __call__(self, state: torch.Tensor) -> torch.Tensor:
+        rest = self.arguments[state.shape[0]]
+        output = self.module(state, *rest.positional, **rest.named)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.shape != state.shape:
+            raise UnsupportedModelError(
+                f"{self.name} turned states of shape {list(state.shape)} into {list(hidden.shape)}: "
+                "blocks must keep the shape"
+            )
+        return hidden
+
+
+class _Recorder:
+    """Silences the blocks of a skeleton and records what the model passes them."""
+
+    def __init__(self, skeleton: Skeleton, load: Callable[[nn.Module, str], None]) -> None:
+        self.skeleton = skeleton
+        self.blocks = [skeleton.block(index) for index in range(len(skeleton.block_names))]
+        self.arguments: list[dict[int, _Arguments]] = [{} for _ in self.blocks]
+        self._load = load
+        self._loaded: dict[str, nn.Module] = {}
+        self._handles: list[Any] = []
+        self._state: torch.Tensor | None = None
+        self._returns_tuple = False
+        self._wrong_return = False
+
+    def __enter__(self) -> _Recorder:
+        model = self.skeleton.model
+        for index, block in enumerate(self.blocks):
+            block.forward = lambda *args, _index=index, **kwargs: self._seen(_index, args, kwargs)  # type: ignore[method-assign]
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for name, module in model.named_modules():
+            if id(module) not in inside and (module._parameters or module._buffers):
+                handle = module.register_forward_pre_hook(lambda mod, _args, name=name: self._on_call(mod, name))
+                self._handles.append(handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for block in self.blocks:
+            del block.forward
+        for handle in self._handles:
+            handle.remove()
+        for name, module in self._loaded.items():
+            for key in module._parameters | module._buffers:
+                if f"{name}.{key}" in self.skeleton.stored_names:
+                    _free_tensor(module, key)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        self._state = None
+        for self._returns_tuple in (False, True):
+            self._wrong_return = False
+            try:
+                self.skeleton.model(input_ids=ids, use_cache=False)
+            except _EnoughSeen:
+                pass
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+                # A block that must return a tuple breaks the model when it returns a tensor: try the other way.
+                if self._returns_tuple:
+                    raise
+                self._wrong_return = True
+            if not self._wrong_return:
+                break
+        if self._state is None:
+            raise UnsupportedModelError(f"{type(self.skeleton.model).__name__} never called its decoder blocks")
+        return self._state
+
+    def _on_call(self, module: nn.Module, name: str) -> None:
+        if name not in self._loaded:
+            self._load(module, name)
+            self._loaded[name] = module
+
+    def _seen(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = _Arguments(positional=args[1:], named={k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if index == 0:
+            self._state = hidden
+        assert self._state is not None
+        if hidden is not self._state and not (
+            hidden.shape == self._state.shape and torch.equal(hidden, self._state)
+        ):
+            self._wrong_return = True
+            raise _EnoughSeen
+        known = self.arguments[index].setdefault(len(hidden), rest)
+        if not _same(known.named, rest.named) or not _same(known.positional, rest.positional):
+            raise UnsupportedModelError(
+                f"{self.skeleton.block_names[index]} takes an argument that depends on the tokens besides the hidden "
+                "states: such blocks cannot be streamed yet"
+            )
+        if index == len(self.blocks) - 1:
+            raise _EnoughSeen
+        return (hidden,) if self._returns_tuple else hidden
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, tuple | list):
+        return type(first) is type(second) and len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, dict):
+        return isinstance(second, dict) and first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    return type(first) is type(second)
+
+
+def _set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
+    parent_path, _, key = path.rpartition(".")
+    parent = module.get_submodule(parent_path)
+    if key in parent._parameters:
+        parent._parameters[key] = nn.Parameter(value, requires_grad=False)
+    else:
+        parent._buffers[key] = value
+
+
+def _free_tensor(module: nn.Module, path: str) -> None:
+    parent_path, _, key = path.rpartition(".")
+    parent = module.get_submodule(parent_path)
+    held = parent._parameters.get(key)
+    _set_tensor(module, path, (held if held is not None else parent._buffers[key]).data.to("meta"))

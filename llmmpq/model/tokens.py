@@ -1,0 +1,356 @@
+"""Calibration and evaluation tokens: text in, seeded windows of token ids with a digest out.
+
+Sources: `builtin` (the packaged text), a file or folder, `hf:DATASET[/CONFIG][:SPLIT][:COLUMN]`, and `auto` (the
+standard data set when it can be reached, else the packaged text, and a note says which).
+
+Documents are tokenized one by one, separated by the end-of-text token, packed and cut into windows. Only the first
+`POOL_FACTOR` times the wanted tokens are read, in the order of the source; the windows taken are a seeded sample of
+that pool. So a data set of any size costs the same, and equal arguments give equal tokens. A sample of the whole
+source was rejected: it would read (or download) everything for a few thousand tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmmpq.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STANDARD_DATASET = "Salesforce/wikitext"
+STANDARD_SOURCE = f"hf:{STANDARD_DATASET}/wikitext-2-raw-v1:train:text"
+HUB_TIMEOUT_S = 3.0  # longer than a slow answer, short enough not to look like a hang
+POOL_FACTOR = 4
+MIN_WINDOW = 32  # below this most positions lack the context that makes activations typical
+# A longer document is cut at the next line end, so that a huge file is neither held nor tokenized whole.
+MAX_DOCUMENT_CHARS = 2**18
+FOLDER_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText:
+    """A resolved source: its documents by part (one per file), each part opened when its turn comes."""
+
+    source: str
+    parts: Sequence[Iterable[str]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # eq of tensors is a tensor: compare digests
+class TokenWindows:
+    """What the model is calibrated on: ids of shape [num_windows, window]."""
+
+    ids: torch.Tensor
+    source: str
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.numel()
+
+
+def load_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    num_tokens: int,
+    window: int,
+    seed: int,
+    max_window: int | None = None,
+    vocab_size: int | None = None,
+) -> TokenWindows:
+    """As many whole windows as `num_tokens` holds (at least one), drawn from the source by the seed."""
+    text = resolve_text(source)
+    notes = list(text.notes)
+    if max_window is not None and window > max_window:
+        notes.append(f"The calibration window was lowered from {window} to {max_window}, the most the model reads.")
+        window = max_window
+    if num_tokens < 1 or window < 1:
+        raise CalibrationError(f"{num_tokens} tokens in windows of {window} cannot be taken; both must be at least 1")
+    num_wanted = max(1, num_tokens // window)
+    pool, num_parts_read = _pack(tokenizer, text.parts, limit=POOL_FACTOR * num_wanted * window)
+    if num_parts_read < len(text.parts):
+        notes.append(
+            f"Calibration read the first {num_parts_read} of {len(text.parts)} files of {text.source}: enough tokens."
+        )
+    if len(pool) < min(window, MIN_WINDOW):
+        raise CalibrationError(
+            f"calibration text {text.source} gives {len(pool)} tokens; at least {min(window, MIN_WINDOW)} are needed. "
+            "Use a longer text, or --calibration builtin"
+        )
+    if len(pool) < window:
+        notes.append(f"The calibration window was lowered from {window} to {len(pool)}, all that {text.source} gives.")
+        window = len(pool)
+    if vocab_size is not None and max(pool) >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token {max(pool)}, the model knows {vocab_size} tokens (0 to {vocab_size - 1}): "
+            "they do not belong together. Use the tokenizer of this model"
+        )
+    num_windows = len(pool) // window
+    windows = torch.tensor(pool[: num_windows * window], dtype=torch.long).reshape(num_windows, window)
+    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
+    ids = windows[order[:num_wanted]]
+    if num_windows < num_wanted:
+        notes.append(f"Calibration uses {ids.numel()} tokens, all that {text.source} gives, of {num_tokens} asked for.")
+    return TokenWindows(ids=ids, source=text.source, digest=_digest(ids), notes=tuple(notes))
+
+
+def advise_num_tokens(num_tokens: int, widest_in_features: int) -> str | None:
+    """A sentence when the second moments of the widest layer input cannot have full rank."""
+    if num_tokens >= widest_in_features:
+        return None
+    return (
+        f"{num_tokens} calibration tokens are fewer than the {widest_in_features} inputs of the widest layer, whose "
+        f"statistics stay incomplete; {2 * widest_in_features} tokens would do."
+    )
+
+
+def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> torch.Tensor:
+    """The whole text in order, cut into windows that do not overlap; the last partial one is dropped."""
+    ids = _encode(tokenizer, text)
+    if window < 1 or len(ids) < window:
+        raise CalibrationError(f"the text gives {len(ids)} tokens, less than one evaluation window of {window}")
+    num_windows = len(ids) // window
+    return torch.tensor(ids[: num_windows * window], dtype=torch.long).reshape(num_windows, window)
+
+
+def read_text(path: str | Path) -> str:
+    return "".join(_lines(Path(path).expanduser()))
+
+
+def resolve_text(source: str) -> CalibrationText:
+    if source == "auto":
+        return _resolve_auto()
+    if source == "builtin":
+        builtin = files("llmmpq").joinpath("assets", "calibration.txt")
+        return CalibrationText(source=source, parts=[_documents(_split(_lines(builtin)))])
+    if source.startswith("hf:"):
+        return _resolve_hub(source)
+    path = Path(source).expanduser()
+    if source and path.is_file():
+        return CalibrationText(source=source, parts=[_file_documents(path)])
+    if source and path.is_dir():
+        paths = sorted(_text_files(path))
+        if not paths:
+            raise CalibrationError(f"calibration folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
+        return CalibrationText(source=source, parts=[_file_documents(item) for item in paths])
+    raise CalibrationError(
+        f"calibration source {source!r} does not exist; allowed: auto, builtin, a file, a folder, "
+        "or hf:DATASET[/CONFIG][:SPLIT][:COLUMN]"
+    )
+
+
+def _pack(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Iterable[str]], *, limit: int) -> tuple[list[int], int]:
+    """At most `limit` tokens of the documents, and how many parts they came from."""
+    marks = [mark for mark in (tokenizer.eos_token_id, tokenizer.bos_token_id) if mark is not None]
+    pool: list[int] = []
+    for num_parts_before, documents in enumerate(parts):
+        for document in documents:
+            ids = _encode(tokenizer, document)
+            # Many tokenizers mark the start of a text themselves; one mark between documents is enough.
+            if pool and ids and marks and pool[-1] not in marks and ids[0] not in marks:
+                pool.append(marks[0])
+            pool += ids
+            if len(pool) >= limit:
+                return pool[:limit], num_parts_before + 1
+    return pool, len(parts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose: a long document would be reported as too long for the model, before we cut it.
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def _digest(ids: torch.Tensor) -> str:
+    header = f"int64 {tuple(ids.shape)} ".encode()
+    return hashlib.sha256(header + ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _lines(path: Traversable) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # -sig: editors on Windows put a mark first
+            yield from file
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x}, {error.reason}. Convert it to UTF-8"
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _split(lines: Iterable[str]) -> Iterator[str | None]:
+    """None in place of each line that holds only `---`."""
+    return (None if line.strip() == "---" else line for line in lines)
+
+
+def _documents(pieces: Iterable[str | None]) -> Iterator[str]:
+    """Documents: pieces up to a None, or up to the longest document we keep whole."""
+    document: list[str] = []
+    num_chars = 0
+    for piece in chain(pieces, [None]):
+        if piece is not None:
+            document.append(piece)
+            num_chars += len(piece)
+        if piece is None or num_chars >= MAX_DOCUMENT_CHARS:
+            if whole := "".join(document).strip("\n"):
+                yield whole
+            document, num_chars = [], 0
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    for item in folder.iterdir():
+        if item.name.startswith(".") or item.is_symlink():
+            continue
+        if item.is_dir():
+            yield from _text_files(item)
+        elif item.is_file() and item.suffix.lower() in FOLDER_SUFFIXES:
+            yield item
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    if path.suffix.lower() == ".jsonl":
+        return _json_documents(path)
+    return _documents(_split(_lines(path)))
+
+
+def _json_documents(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{path} line {number} is a JSON {type(row).__name__}; allowed: one object per line")
+        where = f"{path} line {number}"
+        yield from _documents([_field(row, _text_key(row, where), where)])
+
+
+def _text_key(row: Mapping[str, Any], where: str) -> str:
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if "text" in row or len(texts) == 1:
+        return "text" if "text" in row else texts[0]
+    raise CalibrationError(
+        f"{where} has no key 'text' and {len(texts)} keys that hold text, so the text is not known; "
+        f"its keys are: {', '.join(map(str, row)) or 'none'}"
+    )
+
+
+def _field(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str | None):
+        raise CalibrationError(f"{where}: {key!r} holds {type(value).__name__}; allowed: text")
+    return value or ""
+
+
+def _resolve_auto() -> CalibrationText:
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as huggingface_hub reads it
+            raise CalibrationError("HF_HUB_OFFLINE is set")
+        _load_dataset_function()
+        if not _hub_answers():
+            raise CalibrationError(f"the hub did not answer within {HUB_TIMEOUT_S:.0f} seconds")
+        return _resolve_hub(STANDARD_SOURCE)
+    except CalibrationError as error:
+        builtin = resolve_text("builtin")
+        note = f"Calibration uses the packaged text in place of {STANDARD_SOURCE}, because {error}."
+        return CalibrationText(source=builtin.source, parts=builtin.parts, notes=(note,))
+
+
+def _resolve_hub(source: str) -> CalibrationText:
+    """Reads the first row here, so that a wrong name or column fails before anything expensive."""
+    path, config, split, column = parse_hub_source(source)
+    load_dataset = _load_dataset_function()
+    rows = _hub_rows(source, lambda: load_dataset(path, name=config, split=split, streaming=True))
+    first = next(rows, None)
+    if first is None:
+        raise CalibrationError(f"{source} has no rows")
+    if column is None:
+        column = _text_key(first, source)
+    elif column not in first:
+        raise CalibrationError(f"{source} has no column {column!r}; its columns are: {', '.join(first)}")
+    resolved = f"hf:{'/'.join(filter(None, (path, config)))}:{split}:{column}"
+    texts = (_field(row, column, resolved) for row in chain([first], rows))
+    return CalibrationText(source=resolved, parts=[_documents(_row_pieces(texts))])
+
+
+def parse_hub_source(source: str) -> tuple[str, str | None, str, str | None]:
+    """Data set, configuration, split and column of hf:DATASET[/CONFIG][:SPLIT][:COLUMN].
+
+    DATASET is NAME or OWNER/NAME, so a configuration is always the third part.
+    """
+    name, *rest = source.removeprefix("hf:").split(":")
+    parts = name.split("/")
+    if len(parts) > 3 or len(rest) > 2 or not all([*parts, *rest]):
+        raise CalibrationError(
+            f"calibration source {source!r} is not understood; allowed: hf:DATASET[/CONFIG][:SPLIT][:COLUMN], "
+            f"for example {STANDARD_SOURCE}"
+        )
+    split, column = [*rest, None, None][:2]
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train", column
+
+
+def _load_dataset_function() -> Any:
+    try:
+        # A folder named `datasets` in the current directory imports too, but has no such function.
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError("the package `datasets` is missing (pip install 'llmmpq[eval]')") from None
+    return load_dataset
+
+
+def _hub_rows(source: str, load: Any) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from load()
+    except Exception as error:  # `datasets` raises what its many back ends raise; all mean the same to the user
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CalibrationError(
+            f"{source} cannot be read ({reason}). Check the name and the network, or use --calibration builtin"
+        ) from error
+
+
+def _row_pieces(texts: Iterable[str]) -> Iterator[str | None]:
+    """One document per row, except that a row which is empty or ends a line goes on in the next one.
+
+    Wikitext stores one line per row; its lines as documents would be calibration on contexts of one paragraph.
+    """
+    for text in texts:
+        yield text
+        if text and not text.endswith("\n"):
+            yield None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub serves the standard data set's page. In a thread: no timeout bounds a name look-up."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(f"{endpoint}/api/datasets/{STANDARD_DATASET}", timeout=HUB_TIMEOUT_S):
+                answered.set()
+        except (OSError, ValueError, HTTPException):  # refused, unknown host, timeout, no address, no HTTP
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return answered.is_set()

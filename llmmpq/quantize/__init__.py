@@ -1,0 +1,1 @@
+"""One matrix at a time: grids, rounding, GPTQ, packing. Pure functions on tensors."""

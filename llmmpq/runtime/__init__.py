@@ -1,0 +1,1 @@
+"""Run packed checkpoints: the linear module and the choice between kernel and reference."""

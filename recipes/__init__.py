@@ -1,0 +1,1 @@
+"""The shipped recipes: YAML files read through `importlib.resources.files("llmmpq.recipes")`."""

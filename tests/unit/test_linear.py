@@ -1,0 +1,179 @@
+"""PackedLinear and its operator against nn.Linear on the dequantized weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from llmmpq.errors import CheckpointError, KernelUnavailableError
+from llmmpq.records import PackedTensor, Scheme
+from llmmpq.runtime import ops
+from llmmpq.runtime.linear import PackedLinear
+from llmmpq_kernels import pack
+
+SHAPE = (40, 72)
+
+
+def random_packed(shape=SHAPE, *, bits=4, group_size=32, symmetric=False, seed=0) -> PackedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    num_rows, num_columns = shape
+    num_groups = scheme.num_groups(num_columns)
+
+    def random_codes(*dims):
+        return torch.randint(0, 1 << bits, dims, generator=generator, dtype=torch.uint8)
+
+    return PackedTensor(
+        words=pack(random_codes(num_rows, num_columns), bits=bits),
+        scales=(0.1 * torch.randn(num_rows, num_groups, generator=generator)).to(torch.float16),
+        zeros=None if symmetric else pack(random_codes(num_groups, num_rows), bits=bits),
+        scheme=scheme,
+        shape=shape,
+    )
+
+
+def plain(packed: PackedLinear, dtype=torch.float32) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, dtype=dtype)
+    linear.weight.data = packed.dequantize(dtype)
+    if packed.bias is not None:
+        linear.bias.data = packed.bias.data.to(dtype)
+    return linear.requires_grad_(False)
+
+
+def random_bias(seed=1) -> torch.Tensor:
+    return torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_output_is_that_of_the_dequantized_linear(bits, symmetric, dtype):
+    linear = PackedLinear.from_packed(random_packed(bits=bits, symmetric=symmetric), random_bias().to(dtype))
+    x = torch.randn(2, 5, SHAPE[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = linear(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, plain(linear, dtype)(x))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (7,), (2, 3), (0,), (0, 4), (2, 0), (2, 1, 3)])
+def test_leading_dimensions(lead):
+    linear = PackedLinear.from_packed(random_packed())
+    x = torch.randn(*lead, SHAPE[1])
+    assert linear(x).shape == (*lead, SHAPE[0])
+    torch.testing.assert_close(linear(x), plain(linear)(x))
+
+
+def test_strided_input():
+    linear = PackedLinear.from_packed(random_packed(), random_bias())
+    for x in (torch.randn(SHAPE[1], 6).T, torch.randn(3, 4, SHAPE[1]).transpose(0, 1), torch.randn(9, SHAPE[1])[::2]):
+        assert not x.is_contiguous()
+        torch.testing.assert_close(linear(x), plain(linear)(x.contiguous()))
+
+
+def test_wrong_input_size_is_refused():
+    linear = PackedLinear.from_packed(random_packed())
+    with pytest.raises(ValueError, match=r"71 features.*takes 72"):
+        linear(torch.randn(2, 71))
+
+
+def test_built_empty_on_meta_or_a_device():
+    scheme = Scheme(bits=3, group_size=32)
+    linear = PackedLinear(SHAPE, scheme, has_bias=True, bias_dtype=torch.bfloat16)
+    stored = {name: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in linear.named_parameters()}
+    assert stored == scheme.tensors(SHAPE) | {"bias": ("bfloat16", (40,))}
+    assert {parameter.device.type for parameter in linear.parameters()} == {"meta"}
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
+    assert PackedLinear(SHAPE, scheme, device="cpu").words.device.type == "cpu"
+    assert PackedLinear(SHAPE, Scheme(bits=3, group_size=32, symmetric=True)).zeros is None
+    assert "bits=3, group_size=32, asymmetric" in repr(linear)
+    assert linear.to_empty(device="cpu").words.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda linear: linear.to(torch.bfloat16),
+        lambda linear: linear.half(),
+        lambda linear: linear.double(),
+        lambda linear: linear.type(torch.float64),
+        lambda linear: nn.Sequential(linear).to("cpu", torch.bfloat16)[0],
+        lambda linear: copy.deepcopy(linear).float(),
+    ],
+)
+def test_casting_leaves_the_stored_tensors(cast):
+    packed = random_packed()
+    linear = cast(PackedLinear.from_packed(packed, random_bias().to(torch.float16)))
+    for name, tensor in packed.tensors().items():
+        assert getattr(linear, name).dtype == tensor.dtype
+        assert torch.equal(getattr(linear, name), tensor)
+    assert linear.bias.dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32)
+
+
+def test_casting_changes_the_bias():
+    linear = PackedLinear.from_packed(random_packed(), random_bias())
+    assert linear.to(torch.bfloat16).bias.dtype == torch.bfloat16
+
+
+def test_state_dict_round_trip():
+    source = PackedLinear.from_packed(random_packed(), random_bias())
+    target = PackedLinear(SHAPE, source.scheme, has_bias=True, device="cpu")
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, SHAPE[1])
+    assert torch.equal(target(x), source(x))
+
+
+def test_from_packed_refuses_tensors_that_do_not_fit():
+    good = random_packed()
+    fields = {"words": good.words, "scales": good.scales, "zeros": good.zeros, "scheme": good.scheme, "shape": SHAPE}
+    for change, message in [
+        ({"words": good.words[:, :-1]}, r"words is torch.int32 \[40, 11\]"),
+        ({"scales": good.scales.float()}, "scales is torch.float32"),
+        ({"zeros": None}, "zeros"),
+        ({"shape": (40, 73 + 32)}, "words"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            PackedLinear.from_packed(PackedTensor(**(fields | change)))
+    with pytest.raises(CheckpointError, match=r"bias is torch.float32 \[39\]"):
+        PackedLinear.from_packed(good, random_bias()[:-1])
+
+
+def test_a_gradient_is_refused_and_never_silent():
+    linear = PackedLinear.from_packed(random_packed())
+    x = torch.randn(2, SHAPE[1], requires_grad=True)
+    y = linear(x)
+    with pytest.raises(KernelUnavailableError, match="no gradient"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not linear(x).requires_grad
+
+
+def test_explain_says_which_backend_runs_and_why():
+    scheme = Scheme(bits=4, group_size=32)
+    candidates = ops.explain(torch.device("cpu"), torch.float32, SHAPE, scheme)
+    assert [(candidate.backend, candidate.accepted) for candidate in candidates] == [("reference", True)]
+    assert all(candidate.reason for candidate in candidates)
+    refused = ops.explain(torch.device("cpu"), torch.int64, SHAPE, scheme)
+    assert not any(candidate.accepted for candidate in refused)
+    with pytest.raises(KernelUnavailableError, match="not floating point"):
+        PackedLinear.from_packed(random_packed())(torch.zeros(2, SHAPE[1], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_operator_keeps_torchs_contract(symmetric):
+    packed = random_packed(symmetric=symmetric)
+    x = torch.randn(2, 3, SHAPE[1])
+    arguments = (x, packed.words, packed.scales, packed.zeros, random_bias(), 4, 32)
+    torch.library.opcheck(torch.ops.llmmpq.packed_linear.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    model = nn.Sequential(
+        PackedLinear.from_packed(random_packed(), random_bias()),
+        nn.GELU(),
+        PackedLinear.from_packed(random_packed((16, 40), symmetric=True)),
+    )
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_tokens in (3, 5):
+        x = torch.randn(2, num_tokens, SHAPE[1])
+        torch.testing.assert_close(compiled(x), model(x))
