@@ -4,14 +4,12 @@ The public names are loaded on first use, so that `import llmmpq` and `llmmpq --
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmmpq.errors import LlmmpqError
     from llmmpq.hf import LlmmpqConfig, LlmmpqForCausalLM
-    from llmmpq.pipeline import quantize
+    from llmmpq.pipeline import quantize_model
     from llmmpq.recipe import Recipe
     from llmmpq.records import Plan, Scheme
 
@@ -25,7 +23,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "__version__",
-    "quantize",
+    "quantize_model",
 ]
 
 _HOME = {
@@ -35,7 +33,7 @@ _HOME = {
     "Plan": "llmmpq.records",
     "Recipe": "llmmpq.recipe",
     "Scheme": "llmmpq.records",
-    "quantize": "llmmpq.pipeline",
+    "quantize_model": "llmmpq.pipeline",
 }
 
 
@@ -47,18 +45,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `llmmpq.quantize` the public function.
-
-    Importing the subpackage of the same name makes Python bind it here, which would hide the function for the
-    rest of the process. The subpackage stays reachable by `from llmmpq.quantize... import ...`.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

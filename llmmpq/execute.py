@@ -1,8 +1,10 @@
 """Carry out a plan, block by block: collect second moments, quantize, let the next block see the result.
 
 Sequential (the default): within a block the linears are taken in the order in which they run, each seeing inputs
-that already went through the quantized ones before it, and the next block sees the quantized block's outputs. So a
-later layer repairs what an earlier one broke. Not sequential: every layer sees the original model's inputs.
+that already went through the quantized ones before it, and the next block sees the quantized block's outputs. With
+a correction share above 0 the unchanged model is followed beside it, and each layer's target moves towards what that
+layer gave in it: a later layer repairs what an earlier one broke. Not sequential: every layer sees the original
+model's inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from llmmpq.measure.moments import Moment
 from llmmpq.model.stream import Block
+from llmmpq.quantize.correct import corrected_weight
 from llmmpq.quantize.gptq import Factor, factorize
 from llmmpq.quantize.linear import dequantized, quantize_linear
 from llmmpq.records import LinearSpec, PackedTensor, Plan
@@ -28,6 +31,11 @@ class ExecuteSettings:
     activation_order: bool
     column_block: int
     sequential: bool
+    correction: float
+
+    @property
+    def follow_original(self) -> bool:
+        return self.sequential and self.use_gptq and self.correction > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +52,13 @@ def quantize_block(
     """Quantize every linear of the block; on return its weights are what the next block must see."""
     packed: dict[str, PackedTensor] = {}
     notes: dict[str, dict[str, object]] = {}
-    originals = {spec.name: block.linear(spec).weight.data for spec in block.linears}
+    originals = block.original_weights
     groups = block.input_groups()
     for group in groups:
-        moment = _moment(block, group[0])
-        mean_KK = moment.mean(group[0].name)
+        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.follow_original)
+        for inputs, original_inputs in block.inputs_of(group[0]):
+            moment.add(inputs, original_inputs)
+        mean_KK, cross_KK = moment.means(group[0].name)
         importance_K = mean_KK.diagonal().clone()
         trace = float(importance_K.double().sum())
         factor = (
@@ -57,8 +67,11 @@ def quantize_block(
             else None
         )
         for spec in group:
+            weight = originals[spec.name]
+            if factor is not None and cross_KK is not None:
+                weight = corrected_weight(weight, cross_KK, factor, share=settings.correction)
             quantized = quantize_linear(
-                originals[spec.name],
+                weight,
                 plan.linears[spec.name].scheme,
                 importance_K=importance_K,
                 factor=factor,
@@ -69,7 +82,7 @@ def quantize_block(
             if settings.sequential:
                 block.linear(spec).weight.data = dequantized(quantized.packed, originals[spec.name].dtype)
             on_linear(spec)
-        del moment, mean_KK, factor
+        del moment, mean_KK, cross_KK, factor
     for spec in block.linears:
         if spec.name not in packed:
             weight = originals[spec.name]
@@ -99,13 +112,6 @@ def apply_result(block: Block, result: BlockResult) -> None:
             shape=packed.shape,
         )
         linear.weight.data = dequantized(moved, linear.weight.dtype)
-
-
-def _moment(block: Block, spec: LinearSpec) -> Moment:
-    moment = Moment(spec.shape[1], device=block.device)
-    for inputs in block.inputs_of(spec):
-        moment.add(inputs)
-    return moment
 
 
 def _note(

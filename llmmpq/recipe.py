@@ -119,6 +119,7 @@ class Quantizer(_Checked):
     damping: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.01
     activation_order: bool = True
     sequential: bool = True
+    correction: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.5  # of the error coming in
     column_block: Positive = 128
 
 

@@ -135,9 +135,7 @@ class Sensitivity:
     def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
         return cls(
             linears=tuple(LinearSpec.from_json(item) for item in data["linears"]),
-            options={
-                name: tuple(Scheme.from_json(item) for item in items) for name, items in data["options"].items()
-            },
+            options={name: tuple(Scheme.from_json(item) for item in items) for name, items in data["options"].items()},
             losses={name: tuple(items) for name, items in data["losses"].items()},
             num_tokens=data["num_tokens"],
             digest=data["digest"],

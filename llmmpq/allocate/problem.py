@@ -64,9 +64,7 @@ def match_pins(linears: Iterable[LinearSpec], pins: Mapping[str, int]) -> dict[s
     pinned: dict[str, int] = {}
     for pattern, bits in pins.items():
         matches = [
-            spec.name
-            for spec in specs
-            if fnmatchcase(spec.name, pattern) or fnmatchcase(spec.name, f"*.{pattern}")
+            spec.name for spec in specs if fnmatchcase(spec.name, pattern) or fnmatchcase(spec.name, f"*.{pattern}")
         ]
         if not matches:
             raise RecipeError(f"pin {pattern!r} matches no linear; names look like {specs[0].name!r}")
@@ -89,9 +87,7 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
     schemes, nbytes, losses = [], [], []
     for bits in common:
         chosen = [widths[bits] for widths in by_width]
-        loss = sum(
-            sensitivity.losses[spec.name][position] for spec, position in zip(members, chosen, strict=True)
-        )
+        loss = sum(sensitivity.losses[spec.name][position] for spec, position in zip(members, chosen, strict=True))
         # An option that costs more and loses no less is never the answer; dropping it also settles ties.
         if losses and loss >= losses[-1]:
             continue

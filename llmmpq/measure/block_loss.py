@@ -61,7 +61,7 @@ def measure_block(
         moment = moments.pop(group[0].name)
         if moment.num_excluded:
             warnings.append(f"{group[0].name}: {moment.num_excluded} tokens with NaN or inf left out")
-        mean_KK = moment.mean(group[0].name)
+        mean_KK, _ = moment.means(group[0].name)
         importance_K = mean_KK.diagonal().clone()
         factor = (
             factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
@@ -106,5 +106,3 @@ def _relative_error(block: Block, reference: list[torch.Tensor]) -> float:
         total += float(ratio[finite].double().sum())
         count += int(finite.sum())
     return total / max(count, 1)
-
-

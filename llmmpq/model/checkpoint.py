@@ -136,11 +136,6 @@ class Checkpoint:
                 )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index of a sharded checkpoint, checked; empty for a single-file one."""
     index = folder / INDEX_FILE
@@ -238,8 +233,11 @@ def write_checkpoint(
 
 
 def write_text(path: Path, text: str) -> str:
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> str:
     """Write a small file durably; returns its sha256."""
-    data = text.encode()
     try:
         with path.open("wb") as stream:
             stream.write(data)

@@ -11,7 +11,7 @@ passes them. After that the states travel block by block. Memory: one block's we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -33,13 +33,19 @@ class _EnoughSeen(Exception):
 
 @dataclass(kw_only=True)
 class Block:
-    """One loaded decoder block and the states that enter it."""
+    """One loaded decoder block and the states that enter it.
+
+    `states` come from the blocks before as the caller left them. `original_states` and `original_weights` are those
+    of the unchanged model, when the stream was asked to follow it too.
+    """
 
     index: int
     name: str
     module: nn.Module
     linears: list[LinearSpec]
     states: list[torch.Tensor]
+    original_states: list[torch.Tensor] | None
+    original_weights: dict[str, torch.Tensor]
     device: torch.device
     call: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
 
@@ -66,8 +72,11 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def inputs_of(self, spec: LinearSpec) -> Iterator[torch.Tensor]:
-        """The input of one linear for each batch; the rest of the block is not run."""
+    def inputs_of(self, spec: LinearSpec) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The input of one linear for each batch; the rest of the block is not run.
+
+        Beside it the input that the unchanged model has there, when the stream follows it.
+        """
         seen: list[torch.Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -76,12 +85,28 @@ class Block:
 
         handle = self.linear(spec).register_forward_pre_hook(keep)
         try:
-            for state in self.states:
+            for position, state in enumerate(self.states):
+                original = None
+                if self.original_states is not None:
+                    with torch.no_grad(), self.with_original_weights(), suppress(_EnoughSeen):
+                        self.call(self.original_states[position].to(self.device))
+                    original = seen.pop()
                 with torch.no_grad(), suppress(_EnoughSeen):
                     self.call(state.to(self.device))
-                yield seen.pop()
+                yield seen.pop(), original
         finally:
             handle.remove()
+
+    @contextmanager
+    def with_original_weights(self) -> Iterator[None]:
+        current = {spec.name: self.linear(spec).weight.data for spec in self.linears}
+        try:
+            for spec in self.linears:
+                self.linear(spec).weight.data = self.original_weights[spec.name]
+            yield
+        finally:
+            for spec in self.linears:
+                self.linear(spec).weight.data = current[spec.name]
 
     def input_groups(self) -> list[list[LinearSpec]]:
         """The linears by shared input, in the order in which the block runs them. Linears it never runs are absent."""
@@ -115,6 +140,7 @@ class BlockStream:
         dtype: torch.dtype,
         batch: int = 1,
         states_on_host: bool = False,
+        follow_original: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.checkpoint = checkpoint
@@ -122,11 +148,13 @@ class BlockStream:
         self.device = device
         self.dtype = dtype
         self.batch = batch
+        self.follow_original = follow_original
         self.states_device = torch.device("cpu") if states_on_host else device
 
     def __iter__(self) -> Iterator[Block]:
         skeleton = self.skeleton
         states, arguments = self._embed()
+        original_states = list(states) if self.follow_original else None
         for index, name in enumerate(skeleton.block_names):
             module = skeleton.block(index)
             self._load(module, skeleton.block_tensors(index), prefix=name + ".")
@@ -136,18 +164,28 @@ class BlockStream:
                 module=module,
                 linears=skeleton.block_linears(index),
                 states=states,
+                original_states=original_states,
+                original_weights={},
                 device=self.device,
                 call=_Caller(module, arguments[index], name),
             )
+            block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
             try:
                 yield block
                 if index + 1 < len(skeleton.block_names):
-                    # In place, batch by batch: two full sets of states never exist.
-                    for position, output in enumerate(block.run()):
-                        states[position] = output.to(self.states_device)
+                    self._advance(block, states)
+                    if original_states is not None:
+                        with block.with_original_weights():
+                            self._advance(block, original_states)
+                block.original_weights.clear()
             finally:
                 for tensor_name in skeleton.block_tensors(index):
                     _free_tensor(module, tensor_name.removeprefix(name + "."))
+
+    def _advance(self, block: Block, states: list[torch.Tensor]) -> None:
+        # In place, batch by batch: the states before and after a block never exist side by side.
+        for position, output in enumerate(block.run(states)):
+            states[position] = output.to(self.states_device)
 
     def _load(self, module: nn.Module, names: list[str], *, prefix: str) -> None:
         stored = self.skeleton.stored_names
@@ -267,9 +305,7 @@ class _Recorder:
         if index == 0:
             self._state = hidden
         assert self._state is not None
-        if hidden is not self._state and not (
-            hidden.shape == self._state.shape and torch.equal(hidden, self._state)
-        ):
+        if hidden is not self._state and not (hidden.shape == self._state.shape and torch.equal(hidden, self._state)):
             self._wrong_return = True
             raise _EnoughSeen
         known = self.arguments[index].setdefault(len(hidden), rest)
@@ -289,7 +325,11 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, tuple | list):
         return type(first) is type(second) and len(first) == len(second) and all(map(_same, first, second))
     if isinstance(first, dict):
-        return isinstance(second, dict) and first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+        return (
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(_same(first[k], second[k]) for k in first)
+        )
     return type(first) is type(second)
 
 

@@ -92,7 +92,7 @@ def load_tokens(
     if len(pool) < min(window, MIN_WINDOW):
         raise CalibrationError(
             f"calibration text {text.source} gives {len(pool)} tokens; at least {min(window, MIN_WINDOW)} are needed. "
-            "Use a longer text, or --calibration builtin"
+            "Use a longer text, or --calib builtin"
         )
     if len(pool) < window:
         notes.append(f"The calibration window was lowered from {window} to {len(pool)}, all that {text.source} gives.")
@@ -132,6 +132,11 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: in
 
 def read_text(path: str | Path) -> str:
     return "".join(_lines(Path(path).expanduser()))
+
+
+def packaged_text(name: str) -> str:
+    """A text that ships with llmmpq: `calibration.txt` or `heldout.txt`."""
+    return files("llmmpq").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def resolve_text(source: str) -> CalibrationText:
@@ -323,7 +328,7 @@ def _hub_rows(source: str, load: Any) -> Iterator[Mapping[str, Any]]:
     except Exception as error:  # `datasets` raises what its many back ends raise; all mean the same to the user
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CalibrationError(
-            f"{source} cannot be read ({reason}). Check the name and the network, or use --calibration builtin"
+            f"{source} cannot be read ({reason}). Check the name and the network, or use --calib builtin"
         ) from error
 
 

@@ -120,9 +120,7 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> t
     return best_scales, best_zeros
 
 
-def _starting_points(
-    weight: torch.Tensor, scheme: Scheme, top: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _starting_points(weight: torch.Tensor, scheme: Scheme, top: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     low = weight.amin(-1).clamp_max(0)
     high = weight.amax(-1).clamp_min(0)
     # Eight and four bits need little clipping; the range is shrunk as far as pays at two.

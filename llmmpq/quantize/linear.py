@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from llmmpq_kernels.layout import pack
-from llmmpq_kernels.reference import dequantize
 
 from llmmpq.quantize.gptq import Factor, gptq
 from llmmpq.quantize.grid import Grid, find_grid
 from llmmpq.quantize.rtn import round_to_nearest
 from llmmpq.records import PackedTensor, Scheme
+from llmmpq_kernels.layout import pack
+from llmmpq_kernels.reference import dequantize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ RECIPES = st.builds(
         damping=st.floats(min_value=0, max_value=1),
         activation_order=st.booleans(),
         sequential=st.booleans(),
+        correction=st.floats(min_value=0, max_value=1),
         column_block=COUNTS,
     ),
     output=st.builds(

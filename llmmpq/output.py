@@ -1,0 +1,252 @@
+"""The quantized model's folder: written whole or not at all, and read back for inspection.
+
+A folder is built beside its final place and renamed into it when its last byte is on disk, so an interrupted run
+never leaves something that looks like a model. Nothing in it depends on when, where or how often the run was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmmpq.digest import file_sha256
+from llmmpq.errors import CheckpointError
+from llmmpq.hf import LlmmpqConfig
+from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint, OutputTensor, write_bytes, write_checkpoint, write_text
+from llmmpq.model.skeleton import KeptTensor
+from llmmpq.model.source import companion_files
+from llmmpq.records import DTYPE_NBYTES, Plan
+
+DIGESTS_FILE = "digests.json"
+PLAN_FILE = "plan.json"
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+
+# Gives the stored tensors of one linear ("words", "scales", "zeros") when the writer reaches them.
+ReadPacked = Callable[[str], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSpec:
+    """All that goes into a quantized folder."""
+
+    source: Path
+    checkpoint: Checkpoint
+    kept: Sequence[KeptTensor]
+    stored_names: Mapping[str, str]
+    plan: Plan
+    recipe_yaml: str
+    report: Mapping[str, Any]
+    max_shard_nbytes: int
+    read_packed: ReadPacked = field(repr=False)
+
+    @property
+    def tensor_nbytes(self) -> int:
+        return self.plan.nbytes + sum(tensor.nbytes for tensor in self.kept)
+
+
+def claim_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse early what could not be replaced later: a folder that is not ours is never touched."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"--out {out} exists and is not a folder: choose another")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / PLAN_FILE).is_file() or not (out / DIGESTS_FILE).is_file():
+        raise CheckpointError(
+            f"--out {out} holds something else than a quantized model ({sorted(p.name for p in out.iterdir())[0]!r}, "
+            "...): it is left alone. Choose another --out."
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"--out {out} already holds a quantized model made from other inputs. Choose another --out, or replace "
+            "it with --overwrite."
+        )
+
+
+def is_finished(out: Path, *, recipe_yaml: str, provenance: Mapping[str, Any], schemes: Mapping[str, Any]) -> bool:
+    """Whether `out` is the intact result of just this run."""
+    try:
+        plan = json.loads((out / PLAN_FILE).read_text(encoding="utf-8"))
+        recipe = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    stored = {name: entry["bits"] for name, entry in plan["linears"].items()}
+    wanted = {name: linear.scheme.bits for name, linear in schemes.items()}
+    return (
+        recipe == recipe_yaml
+        and plan["provenance"] == dict(provenance)
+        and stored == wanted
+        and not verify_digests(out)
+    )
+
+
+def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]) -> int:
+    """Write the folder and move it into place. Returns the bytes of its tensors."""
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        digests = write_checkpoint(
+            partial, _output_tensors(spec), max_shard_nbytes=spec.max_shard_nbytes, on_bytes=on_bytes
+        )
+        for path in companion_files(spec.source):
+            digests[path.name] = write_bytes(partial / path.name, path.read_bytes())
+        config = json.loads((spec.source / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = LlmmpqConfig(
+            {name: linear.scheme for name, linear in spec.plan.linears.items()}
+        ).to_dict()
+        for name, text in (
+            ("config.json", _json(config)),
+            (PLAN_FILE, _json(spec.plan.to_json())),
+            (RECIPE_FILE, spec.recipe_yaml),
+            (REPORT_FILE, _json(spec.report)),
+        ):
+            digests[name] = write_text(partial / name, text)
+        write_text(partial / DIGESTS_FILE, _json(dict(sorted(digests.items()))))
+        _move_into_place(partial, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror}. Free some space or choose another --out, then run the same "
+            "command again: finished work is kept."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return spec.tensor_nbytes
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    if out.exists():
+        # rename cannot replace a folder that holds files; the old model goes only when the new one is complete.
+        retired = out.parent / f".{out.name}.replaced"
+        shutil.rmtree(retired, ignore_errors=True)
+        out.rename(retired)
+        partial.rename(out)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        partial.rename(out)
+
+
+def _output_tensors(spec: OutputSpec) -> list[OutputTensor]:
+    """In the order of the model, so that shards hold neighbouring blocks."""
+    kept = {tensor.name for tensor in spec.kept}
+    tensors = []
+    for name, stored in spec.stored_names.items():
+        linear_name = name.removesuffix(".weight")
+        if name in kept:
+            entry = spec.checkpoint.entries[stored]
+            tensors.append(
+                OutputTensor(
+                    name=name,
+                    dtype=TORCH_DTYPES[entry.dtype],
+                    shape=entry.shape,
+                    chunks=lambda stored=stored: spec.checkpoint.row_chunks(stored),
+                )
+            )
+        else:
+            linear = spec.plan.linears[linear_name]
+            for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
+                tensors.append(
+                    OutputTensor(
+                        name=f"{linear_name}.{key}",
+                        dtype=getattr(torch, dtype),
+                        shape=shape,
+                        chunks=lambda linear_name=linear_name, key=key: [spec.read_packed(linear_name)[key]],
+                    )
+                )
+    return tensors
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def verify_digests(folder: Path) -> list[str]:
+    """What differs from digests.json: nothing, in an intact folder."""
+    try:
+        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{DIGESTS_FILE} cannot be read: {error}"]
+    problems = []
+    for name, digest in digests.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif file_sha256(path) != digest:
+            problems.append(f"{name} is not the file that was written (its digest differs)")
+    known = {*digests, DIGESTS_FILE, "README.md", ".gitattributes"}
+    problems += [
+        f"{path.name} was not written by llmmpq"
+        for path in sorted(folder.iterdir())
+        if path.name not in known and path.suffix in (".safetensors", ".bin", ".pt")
+    ]
+    return problems
+
+
+def inspect_folder(folder: Path) -> dict[str, Any]:
+    """What a quantized folder holds, byte by byte, and whether it is still what was written."""
+    if not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {PLAN_FILE}: not a model quantized by llmmpq")
+    plan = read_plan(folder / PLAN_FILE)
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    checkpoint = Checkpoint.open(folder)
+    problems = verify_digests(folder)
+    quantized_nbytes, expected_names = 0, set()
+    for name, linear in plan.linears.items():
+        for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
+            entry = checkpoint.entries.get(f"{name}.{key}")
+            expected_names.add(f"{name}.{key}")
+            if entry is None or entry.shape != shape or entry.nbytes != DTYPE_NBYTES[dtype] * math.prod(shape):
+                problems.append(f"{name}.{key} is not stored as plan.json says")
+            else:
+                quantized_nbytes += entry.nbytes
+    return {
+        "folder": str(folder),
+        "layout_version": plan.to_json()["layout_version"],
+        "method": plan.method,
+        "budget": dict(plan.budget),
+        "bits_per_weight": 8 * quantized_nbytes / plan.num_weights,
+        "code_bits_per_weight": plan.code_bits_per_weight,
+        "num_weights": plan.num_weights,
+        "quantized_nbytes": quantized_nbytes,
+        "kept_nbytes": checkpoint.nbytes - quantized_nbytes,
+        "total_nbytes": checkpoint.nbytes,
+        "predicted_loss": plan.predicted_loss,
+        "optimality_gap": plan.optimality_gap,
+        "linears": [
+            {
+                "name": name,
+                "block": linear.block,
+                "role": linear.role,
+                "shape": list(linear.shape),
+                **linear.scheme.to_json(),
+                "nbytes": linear.nbytes,
+            }
+            for name, linear in plan.linears.items()
+        ],
+        "problems": problems,
+        "fallbacks": report["fallbacks"],
+        "warnings": report["warnings"],
+        "kept": report["kept"],
+        "provenance": dict(plan.provenance),
+    }
+
+
+def read_plan(path: Path) -> Plan:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the plan {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"the plan {path} is not JSON: {error}") from None
+    try:
+        return Plan.from_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -1,0 +1,73 @@
+"""From what a person asks for to a plan: budgets in bytes, feasibility before any work, plans from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmmpq.allocate.budget import avg_bits_to_nbytes
+from llmmpq.allocate.problem import Problem, build_problem
+from llmmpq.allocate.solve import check_feasible
+from llmmpq.errors import RecipeError
+from llmmpq.model.checkpoint import write_text
+from llmmpq.output import read_plan
+from llmmpq.records import Plan, Sensitivity
+from llmmpq.session import Session
+
+
+def budget_of(session: Session, avg_bits: float | None = None) -> tuple[dict[str, Any], int]:
+    budget, num_weights = session.recipe.budget, sum(spec.num_weights for spec in session.skeleton.linears)
+    if avg_bits is None and budget.bits is not None:
+        scheme = session.scheme(budget.bits)
+        nbytes = sum(scheme.nbytes(spec.shape) for spec in session.skeleton.linears)
+        return {"kind": "bits", "value": budget.bits, "nbytes": nbytes}, nbytes
+    value = avg_bits if avg_bits is not None else budget.avg_bits
+    assert value is not None
+    nbytes = avg_bits_to_nbytes(value, num_weights)
+    return {"kind": "avg_bits", "value": value, "nbytes": nbytes}, nbytes
+
+
+def check_budget(session: Session, *, avg_bits: float | None = None) -> None:
+    budget, nbytes = budget_of(session, avg_bits)
+    if budget["kind"] == "avg_bits":
+        check_feasible(unmeasured_problem(session), nbytes, budget)
+
+
+def unmeasured_problem(session: Session) -> Problem:
+    """The problem with losses that only fall with the width: enough for sizes, feasibility and uniform plans."""
+    options = session.options()
+    budget, pins = session.recipe.budget, session.recipe.allocation.pins
+    if budget.bits is not None:
+        pins = {"*": budget.bits} | dict(pins)
+        options = {
+            name: tuple(session.scheme(bits) for bits in sorted({budget.bits, *(s.bits for s in schemes)}))
+            for name, schemes in options.items()
+        }
+    sensitivity = Sensitivity(
+        linears=session.skeleton.linears,
+        options=options,
+        losses={name: tuple(4.0**-scheme.bits for scheme in schemes) for name, schemes in options.items()},
+        num_tokens=0,
+        digest="",
+    )
+    return build_problem(sensitivity, pins=pins, fuse=session.recipe.allocation.fuse)
+
+
+def plan_from_file(path: Path, session: Session) -> Plan:
+    plan = read_plan(path)
+    shapes = {spec.name: spec.shape for spec in session.skeleton.linears}
+    unknown, absent = sorted(set(plan.linears) - set(shapes)), sorted(set(shapes) - set(plan.linears))
+    if unknown or absent:
+        what = f"names {unknown[0]!r}, which the model lacks" if unknown else f"says nothing of {absent[0]!r}"
+        raise RecipeError(f"{path} {what}: a plan must name every quantized linear of this model, and no other")
+    for name, linear in plan.linears.items():
+        if linear.shape != shapes[name]:
+            raise RecipeError(f"{path}: {name} has shape {list(linear.shape)}, in the model {list(shapes[name])}")
+    ordered = {name: plan.linears[name] for name in shapes}
+    budget = {"kind": "plan", "value": plan.bits_per_weight, "nbytes": plan.nbytes}
+    return Plan(linears=ordered, method="edited", budget=budget)
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    write_text(path, json.dumps(plan.to_json(), indent=2) + "\n")

@@ -1,0 +1,170 @@
+"""What a run would need and produce, in seconds and without reading weights.
+
+Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
+original is followed beside the quantized one), the second moments and factor of the widest input, the states. Time
+is the number of multiplications over a rate measured on the spot; it is an estimate and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llmmpq.allocate.budget import describe
+from llmmpq.allocate.problem import Problem
+from llmmpq.errors import CheckpointError
+from llmmpq.planning import budget_of
+from llmmpq.records import LinearSpec
+from llmmpq.session import Session
+
+BASE_RAM_NBYTES = 450 << 20  # python, torch and transformers, imported
+PROBE_SIZE = 768
+COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
+
+
+def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[str, Any]:
+    skeleton, recipe = session.skeleton, session.recipe
+    budget, nbytes = budget_of(session)
+    kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
+    quantized_nbytes = max(min(nbytes, problem.largest_nbytes), problem.smallest_nbytes)
+    output_nbytes = quantized_nbytes + kept_nbytes
+    work_nbytes = _work_nbytes(session)
+    on_cpu = session.device.type == "cpu"
+    states_nbytes = _states_nbytes(session)
+    on_host = states_nbytes if recipe.run.activations == "host" else 0
+    target = _existing_parent(out or Path.cwd())
+    free = shutil.disk_usage(target).free
+    disk_nbytes = output_nbytes + quantized_nbytes
+    ram_free = psutil.virtual_memory().available
+    ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
+    vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
+    vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
+    problems = []
+    if nbytes < problem.smallest_nbytes:
+        needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
+        problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    for what, wanted, there in (
+        ("disk space", disk_nbytes, free),
+        ("memory", ram_nbytes, ram_free),
+        ("GPU memory", vram_nbytes, vram_free),
+    ):
+        if wanted is not None and there is not None and wanted > there:
+            problems.append(f"not enough {what}: about {wanted / 1e9:.2f} GB needed, {there / 1e9:.2f} GB free")
+    size = recipe.quantizer.group_size
+    short = [spec.name for spec in skeleton.linears if spec.shape[1] % size]
+    notes = []
+    if short:
+        notes.append(f"{len(short)} linears have a last group of fewer than {size} channels, which costs a full scale")
+    if skeleton.ignored:
+        notes.append(f"{len(skeleton.ignored)} tensors of the checkpoint are not used by the model and are left out")
+    return {
+        "model": recipe.model,
+        "architecture": type(skeleton.model).__name__,
+        "num_blocks": len(skeleton.block_names),
+        "num_linears": len(skeleton.linears),
+        "num_weights": problem.num_weights,
+        "source_nbytes": session.checkpoint.nbytes,
+        "budget": describe(budget),
+        "quantized_nbytes": quantized_nbytes,
+        "kept_nbytes": kept_nbytes,
+        "output_nbytes": output_nbytes,
+        "smallest_bits": 8 * problem.smallest_nbytes / problem.num_weights,
+        "largest_bits": 8 * problem.largest_nbytes / problem.num_weights,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "ram_nbytes": ram_nbytes,
+        "ram_free_nbytes": ram_free,
+        "vram_nbytes": vram_nbytes,
+        "vram_free_nbytes": vram_free,
+        "disk_nbytes": disk_nbytes,
+        "disk_free_nbytes": free,
+        "seconds": _estimate_seconds(session),
+        "kept": [
+            {"name": kept.name, "shape": list(kept.shape), "nbytes": kept.nbytes, "reason": kept.reason}
+            for kept in skeleton.kept
+        ],
+        "short_groups": short,
+        "notes": notes,
+        "problems": problems,
+    }
+
+
+def check_disk(folder: Path, *, needed: int) -> None:
+    """Fail before spending: the output and the journal of finished blocks must fit."""
+    free = shutil.disk_usage(_existing_parent(folder)).free
+    if free < needed:
+        raise CheckpointError(
+            f"not enough disk space in {folder}: the quantized model and the journal of finished blocks need "
+            f"{needed:,} bytes, {free:,} are free. Free some space or choose another --out."
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _block_specs(session: Session) -> list[list[LinearSpec]]:
+    return [session.skeleton.block_linears(index) for index in range(len(session.skeleton.block_names))]
+
+
+def _work_nbytes(session: Session) -> int:
+    recipe = session.recipe
+    follow = recipe.quantizer.sequential and recipe.quantizer.correction > 0
+    weights = max(sum(spec.num_weights for spec in specs) for specs in _block_specs(session))
+    widest = session.skeleton.widest_in_features
+    largest = max(spec.num_weights for spec in session.skeleton.linears)
+    itemsize = session.dtype.itemsize
+    # GPTQ holds the corrected weight, its transposed copy, the codes and the result of one matrix.
+    return (1 + follow) * weights * itemsize + COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
+
+
+def _states_nbytes(session: Session) -> int:
+    hidden = session.skeleton.model.config.get_text_config().hidden_size
+    follow = session.recipe.quantizer.sequential and session.recipe.quantizer.correction > 0
+    return (1 + follow) * session.recipe.calibration.tokens * hidden * session.dtype.itemsize
+
+
+def _largest_tensor(session: Session) -> int:
+    return max(entry.nbytes for entry in session.checkpoint.entries.values())
+
+
+def _estimate_seconds(session: Session) -> float | None:
+    if session.device.type != "cpu":
+        return None
+    rate = _multiplications_per_second(session.device)
+    recipe = session.recipe
+    tokens = recipe.calibration.tokens
+    measured = recipe.budget.bits is None and recipe.allocation.method != "uniform"
+    num_options = len(recipe.allocation.widths)
+    total = 0.0
+    for specs in _block_specs(session):
+        weights = sum(spec.num_weights for spec in specs)
+        passes = 6 if recipe.quantizer.correction > 0 else 4
+        total += passes * tokens * weights
+        moments = sum(spec.shape[1] ** 2 for spec in specs)
+        factors = sum(spec.shape[1] ** 3 for spec in specs) / 3
+        rounding = sum(spec.num_weights * spec.shape[1] for spec in specs)
+        total += 2 * tokens * moments + factors + rounding
+        if measured:
+            probe = min(recipe.measurement.tokens, tokens)
+            total += len(specs) * num_options * probe * weights + num_options * rounding
+            total += 2 * tokens * weights + tokens * moments + factors
+    # Element-wise work (scale search, packing) takes about as long again as the products.
+    return math.ceil(2 * total / rate) + 5.0
+
+
+def _multiplications_per_second(device: torch.device) -> float:
+    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device)
+    matrix @ matrix
+    started = time.perf_counter()
+    repeats = 4
+    for _ in range(repeats):
+        matrix @ matrix
+    return repeats * PROBE_SIZE**3 / max(time.perf_counter() - started, 1e-6)

@@ -1,0 +1,26 @@
+"""Let a layer repair the error that reaches it (the asymmetric calibration of GPTAQ and Qronos, damped).
+
+The quantized layer gets the input x of the partly quantized model, but should reproduce W x0, the original layer's
+output on the original input x0. The best weight for that, in the least-squares sense, is
+
+    W + W E[(x0 - x) x'] E[x x']^-1
+
+and GPTQ is then run on it. The full step overfits the calibration text and moves the weight off what the scales can
+hold; a share `a` of it (0.5 by default, see docs/log.md) was better than none and than all of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmmpq.quantize.gptq import Factor
+
+
+def corrected_weight(weight_NK: torch.Tensor, cross_KK: torch.Tensor, factor: Factor, *, share: float) -> torch.Tensor:
+    """W + share * W C (H + damping)^-1, with the inverse applied through its triangular factor."""
+    upper, order = factor.upper_KK, factor.order_K
+    moved_NK = torch.mm(weight_NK.float(), cross_KK)[:, order]
+    moved_NK = torch.mm(torch.mm(moved_NK, upper.t()), upper)
+    corrected_NK = weight_NK.float().clone()
+    corrected_NK[:, order] += share * moved_NK
+    return corrected_NK

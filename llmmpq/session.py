@@ -1,0 +1,132 @@
+"""An opened model and the recipe's choices made concrete: the common start of every verb."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmmpq import __version__
+from llmmpq.allocate.problem import match_pins
+from llmmpq.errors import CheckpointError, RecipeError
+from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
+from llmmpq.model.skeleton import Skeleton, build_skeleton
+from llmmpq.model.source import companion_files, resolve_model
+from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens
+from llmmpq.recipe import Recipe
+from llmmpq.records import LinearSpec, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything a stage needs besides the calibration tokens."""
+
+    recipe: Recipe  # resolved: nothing in it says auto, but the calibration source
+    folder: Path
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    device: torch.device
+    dtype: torch.dtype
+
+    def options(self) -> dict[str, tuple[Scheme, ...]]:
+        """The schemes each linear may take, in rising order of bits; a pin outside the widths is added to its linear."""
+        pinned = match_pins(self.skeleton.linears, self.recipe.allocation.pins)
+        widths = set(self.recipe.allocation.widths)
+        return {
+            spec.name: tuple(
+                self.scheme(bits) for bits in sorted(widths | ({pinned[spec.name]} if spec.name in pinned else set()))
+            )
+            for spec in self.skeleton.linears
+        }
+
+    def scheme(self, bits: int) -> Scheme:
+        quantizer = self.recipe.quantizer
+        return Scheme(bits=bits, group_size=quantizer.group_size, symmetric=quantizer.symmetric)
+
+    def source_files(self) -> list[Path]:
+        return [*self.checkpoint.files, self.folder / "config.json", *companion_files(self.folder)]
+
+    def numerics(self) -> dict[str, Any]:
+        """What, besides the inputs, decides the last bit of a result."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.recipe.run.batch,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "llmmpq": __version__,
+        }
+
+    def max_window(self) -> int | None:
+        longest = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else None
+
+    def tokens(self) -> TokenWindows:
+        calibration = self.recipe.calibration
+        windows = load_tokens(
+            load_tokenizer(self.folder),
+            source=calibration.source,
+            num_tokens=calibration.tokens,
+            window=calibration.window,
+            seed=calibration.seed,
+            max_window=self.max_window(),
+            vocab_size=self.skeleton.model.config.get_text_config().vocab_size,
+        )
+        advice = advise_num_tokens(windows.ids.numel(), self.skeleton.widest_in_features)
+        return windows if advice is None else dataclasses.replace(windows, notes=(*windows.notes, advice))
+
+    def linear(self, name: str) -> LinearSpec:
+        return next(spec for spec in self.skeleton.linears if spec.name == name)
+
+
+def open_session(recipe: Recipe) -> Session:
+    recipe = recipe.resolve()
+    if recipe.model is None:
+        raise RecipeError("no MODEL: name a folder, a Hub id or 'demo' on the command line or as 'model' in the recipe")
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    folder = resolve_model(recipe.model, revision=recipe.revision)
+    checkpoint = Checkpoint.open(folder)
+    skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep)
+    device = pick_device(recipe.run.device)
+    dtype = _pick_dtype(recipe.run.dtype, device, skeleton)
+    recipe = recipe.override(
+        {"run.device": str(device), "run.dtype": str(dtype).removeprefix("torch.")}, source="resolved recipe"
+    )
+    return Session(recipe=recipe, folder=folder, checkpoint=checkpoint, skeleton=skeleton, device=device, dtype=dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"run.device {name!r} is no device torch knows; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise RecipeError(f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _pick_dtype(name: str, device: torch.device, skeleton: Skeleton) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    stored = TORCH_DTYPES[skeleton.linears[0].dtype]
+    # 16-bit arithmetic is slow and coarse on most CPUs; on a GPU the model's own dtype is what it was trained in.
+    return stored if device.type != "cpu" else torch.float32

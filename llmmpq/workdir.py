@@ -1,0 +1,144 @@
+"""Where long work leaves its results, so that the same command run again continues.
+
+One folder per model. A stage's folder is named by the digest of all its inputs: an artifact found there fits by
+construction, and one made from other inputs is left alone, so that going back costs nothing. Every file appears
+complete or not at all (written beside, synced, renamed). A lock keeps two runs out of each other's way; the system
+drops it when a process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llmmpq.digest import digest_of
+from llmmpq.errors import CheckpointError
+
+# Raise when a change of code changes results: artifacts of older code are then not reused.
+ALGORITHM_VERSION = 1
+
+
+class WorkDir:
+    """The locked work folder of one model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise CheckpointError(f"cannot use the work folder {folder}: {error.strerror}. Give --work-dir.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise CheckpointError(
+                f"another llmmpq is at work in {folder}: wait for it, or give this run its own --work-dir"
+            ) from None
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.close()
+
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        inputs = {**inputs, "algorithm_version": ALGORITHM_VERSION}
+        return Stage(self.folder, name, inputs)
+
+
+class Stage:
+    """The results of one stage for one set of inputs: a journal of blocks, and the finished result."""
+
+    def __init__(self, work: Path, name: str, inputs: Mapping[str, Any]) -> None:
+        self.digest = digest_of(inputs)
+        self.folder = work / f"{name}-{self.digest[:16]}"
+        self.changed: list[str] = []
+        if not self.folder.exists():
+            self.changed = self._differences(work, name, inputs)
+            self.folder.mkdir(parents=True)
+            _write(self.folder / "inputs.json", json.dumps(inputs, indent=1, sort_keys=True).encode())
+
+    @staticmethod
+    def _differences(work: Path, name: str, inputs: Mapping[str, Any]) -> list[str]:
+        """Which inputs differ from those of the most recent other run of this stage."""
+        others = sorted(work.glob(f"{name}-*/inputs.json"), key=lambda path: path.stat().st_mtime_ns)
+        for path in reversed(others):
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            return sorted(key for key in earlier.keys() | inputs.keys() if earlier.get(key) != inputs.get(key))
+        return []
+
+    def load_result(self) -> dict[str, Any] | None:
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return None
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return loaded
+
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        _write(self.folder / "result.json", json.dumps(result).encode())
+
+    def block_file(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def load_block(self, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Notes and tensors of a finished block; None when it has to be done (again)."""
+        path = self.block_file(index)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as stored:
+                notes = json.loads(stored.metadata()["notes"])
+                tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            path.unlink()
+            return None
+        return notes, tensors
+
+    def save_block(self, index: int, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        path = self.block_file(index)
+        partial = path.with_suffix(".partial")
+        try:
+            # safetensors writes the file itself; the sync makes the rename mean what it says.
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial, {"notes": json.dumps(notes)})
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise _no_room(path, error) from None
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _no_room(path, error) from None
+
+
+def _no_room(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return CheckpointError(
+        f"cannot write {path}: {reason}. Free some space or give another --work-dir; finished blocks are kept."
+    )
