@@ -16,7 +16,7 @@ import torch
 
 from llmmpq.measure.moments import Moment
 from llmmpq.model.stream import Block
-from llmmpq.quantize.correct import corrected_weight
+from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
 from llmmpq.quantize.linear import dequantized, quantize_linear
 from llmmpq.records import LinearSpec, PackedTensor, Plan
@@ -60,6 +60,10 @@ def quantize_block(
             moment.add(inputs, original_inputs)
         mean_KK, cross_KK = moment.means(group[0].name)
         importance_K = mean_KK.diagonal().clone()
+        # The widest moments decide the peak of memory: the cross moment is gone before the factor is made.
+        targets = {} if cross_KK is None else _targets(group, originals, cross_KK)
+        del cross_KK
+        moment.cross_sum_KK = None
         trace = float(importance_K.double().sum())
         factor = (
             factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
@@ -68,8 +72,8 @@ def quantize_block(
         )
         for spec in group:
             weight = originals[spec.name]
-            if factor is not None and cross_KK is not None:
-                weight = corrected_weight(weight, cross_KK, factor, share=settings.correction)
+            if factor is not None and spec.name in targets:
+                weight = corrected_weight(weight, targets.pop(spec.name), factor, share=settings.correction)
             quantized = quantize_linear(
                 weight,
                 plan.linears[spec.name].scheme,
@@ -82,7 +86,7 @@ def quantize_block(
             if settings.sequential:
                 block.linear(spec).weight.data = dequantized(quantized.packed, originals[spec.name].dtype)
             on_linear(spec)
-        del moment, mean_KK, cross_KK, factor
+        del moment, mean_KK, factor
     for spec in block.linears:
         if spec.name not in packed:
             weight = originals[spec.name]
@@ -97,6 +101,12 @@ def quantize_block(
             on_linear(spec)
     order = [spec.name for spec in block.linears]
     return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order})
+
+
+def _targets(
+    group: Sequence[LinearSpec], weights: dict[str, torch.Tensor], cross_KK: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return {spec.name: correction_target(weights[spec.name], cross_KK) for spec in group}
 
 
 def apply_result(block: Block, result: BlockResult) -> None:

@@ -42,7 +42,8 @@ def evaluate(
         if result["baseline"]["num_tokens"] != result["num_tokens"]:
             raise CheckpointError(
                 f"{model} and {baseline} split the text into {result['num_tokens']} and "
-                f"{result['baseline']['num_tokens']} tokens: their tokenizers differ, so perplexities cannot be compared"
+                f"{result['baseline']['num_tokens']} tokens: their tokenizers differ, so "
+                "perplexities cannot be compared"
             )
         result["extra_nll"] = result["nll"] - result["baseline"]["nll"]
     return result
@@ -78,7 +79,8 @@ def load_model(model: str, *, device: str = "auto", dtype: str = "auto") -> tupl
         wanted = getattr(torch, wanted)
     loader = LlmmpqForCausalLM if (folder / PLAN_FILE).is_file() else AutoModelForCausalLM
     loaded: PreTrainedModel = loader.from_pretrained(str(folder), dtype=wanted)
-    return folder, loaded.to(target).eval()
+    torch.nn.Module.to(loaded, target)
+    return folder, loaded.eval()
 
 
 def _perplexity(model: str, content: str, window: int, device: str, dtype: str, progress: Progress) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,15 @@ def is_finished(out: Path, *, recipe_yaml: str, provenance: Mapping[str, Any], s
 
 def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]) -> int:
     """Write the folder and move it into place. Returns the bytes of its tensors."""
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = out.parent / f".{out.name}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
         digests = write_checkpoint(
-            partial, _output_tensors(spec), max_shard_nbytes=spec.max_shard_nbytes, on_bytes=on_bytes
+            unfinished, _output_tensors(spec), max_shard_nbytes=spec.max_shard_nbytes, on_bytes=on_bytes
         )
         for path in companion_files(spec.source):
-            digests[path.name] = write_bytes(partial / path.name, path.read_bytes())
+            digests[path.name] = write_bytes(unfinished / path.name, path.read_bytes())
         config = json.loads((spec.source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = LlmmpqConfig(
             {name: linear.scheme for name, linear in spec.plan.linears.items()}
@@ -109,29 +110,29 @@ def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]
             (RECIPE_FILE, spec.recipe_yaml),
             (REPORT_FILE, _json(spec.report)),
         ):
-            digests[name] = write_text(partial / name, text)
-        write_text(partial / DIGESTS_FILE, _json(dict(sorted(digests.items()))))
-        _move_into_place(partial, out)
+            digests[name] = write_text(unfinished / name, text)
+        write_text(unfinished / DIGESTS_FILE, _json(dict(sorted(digests.items()))))
+        _move_into_place(unfinished, out)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {out}: {error.strerror}. Free some space or choose another --out, then run the same "
             "command again: finished work is kept."
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return spec.tensor_nbytes
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
+def _move_into_place(unfinished: Path, out: Path) -> None:
     if out.exists():
         # rename cannot replace a folder that holds files; the old model goes only when the new one is complete.
         retired = out.parent / f".{out.name}.replaced"
         shutil.rmtree(retired, ignore_errors=True)
         out.rename(retired)
-        partial.rename(out)
+        unfinished.rename(out)
         shutil.rmtree(retired, ignore_errors=True)
     else:
-        partial.rename(out)
+        unfinished.rename(out)
 
 
 def _output_tensors(spec: OutputSpec) -> list[OutputTensor]:
@@ -139,7 +140,6 @@ def _output_tensors(spec: OutputSpec) -> list[OutputTensor]:
     kept = {tensor.name for tensor in spec.kept}
     tensors = []
     for name, stored in spec.stored_names.items():
-        linear_name = name.removesuffix(".weight")
         if name in kept:
             entry = spec.checkpoint.entries[stored]
             tensors.append(
@@ -147,21 +147,22 @@ def _output_tensors(spec: OutputSpec) -> list[OutputTensor]:
                     name=name,
                     dtype=TORCH_DTYPES[entry.dtype],
                     shape=entry.shape,
-                    chunks=lambda stored=stored: spec.checkpoint.row_chunks(stored),
+                    chunks=partial(spec.checkpoint.row_chunks, stored),
                 )
             )
-        else:
-            linear = spec.plan.linears[linear_name]
-            for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
-                tensors.append(
-                    OutputTensor(
-                        name=f"{linear_name}.{key}",
-                        dtype=getattr(torch, dtype),
-                        shape=shape,
-                        chunks=lambda linear_name=linear_name, key=key: [spec.read_packed(linear_name)[key]],
-                    )
-                )
+            continue
+        linear_name = name.removesuffix(".weight")
+        linear = spec.plan.linears[linear_name]
+        for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
+            chunks = partial(_packed_chunks, spec.read_packed, linear_name, key)
+            tensors.append(
+                OutputTensor(name=f"{linear_name}.{key}", dtype=getattr(torch, dtype), shape=shape, chunks=chunks)
+            )
     return tensors
+
+
+def _packed_chunks(read_packed: ReadPacked, linear_name: str, key: str) -> list[torch.Tensor]:
+    return [read_packed(linear_name)[key]]
 
 
 def _json(value: Any) -> str:

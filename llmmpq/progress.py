@@ -72,7 +72,7 @@ class Terminal:
             self._bars = None
         # The bar has gone; a line stays behind, so that the log of a run shows where its time went.
         if (seconds := time.monotonic() - started) >= SHOWN_AFTER_S:
-            self.note(f"{label}: {' '.join(filter(None, (str(total), unit)))} in {duration(seconds)}")
+            self.note(f"{label}: {_amount(total, unit)} in {duration(seconds)}")
 
 
 def duration(seconds: float) -> str:
@@ -83,6 +83,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _amount(count: float, unit: str) -> str:
+    from rich.filesize import decimal
+
+    return decimal(int(count)) if unit == "bytes" else f"{count:.0f} {unit}".rstrip()
 
 
 def _draws_bars() -> bool:
@@ -121,6 +127,13 @@ def _make_bars() -> Bars:
         def render(self, task: Task) -> Text:
             return Text(decimal(process.memory_info().rss), style="dim")
 
+    class Count(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            unit = task.fields["unit"]
+            return Text(
+                f"{_amount(task.completed, 'bytes' if unit == 'bytes' else '')} of {_amount(task.total or 0, unit)}"
+            )
+
     class Patient(RichProgress):
         """Draws the tasks that have been running for a while."""
 
@@ -132,7 +145,7 @@ def _make_bars() -> Bars:
     return Patient(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f} of {task.total:.0f} {task.fields[unit]}", markup=False),
+        Count(),
         TimeElapsedColumn(),
         TextColumn("left", style="dim"),
         TimeRemainingColumn(),

@@ -34,7 +34,7 @@ class Session:
     dtype: torch.dtype
 
     def options(self) -> dict[str, tuple[Scheme, ...]]:
-        """The schemes each linear may take, in rising order of bits; a pin outside the widths is added to its linear."""
+        """The schemes each linear may take, in rising order of bits; pins may add a width to a linear."""
         pinned = match_pins(self.skeleton.linears, self.recipe.allocation.pins)
         widths = set(self.recipe.allocation.widths)
         return {

@@ -84,7 +84,9 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
         options = sensitivity.options[spec.name]
         by_width.append({scheme.bits: position for position, scheme in enumerate(options)})
     common = sorted(wanted or set.intersection(*(set(widths) for widths in by_width)))
-    schemes, nbytes, losses = [], [], []
+    schemes: list[Scheme] = []
+    nbytes: list[int] = []
+    losses: list[float] = []
     for bits in common:
         chosen = [widths[bits] for widths in by_width]
         loss = sum(sensitivity.losses[spec.name][position] for spec, position in zip(members, chosen, strict=True))

@@ -283,7 +283,8 @@ def _write_shard(path: Path, shard: Sequence[OutputTensor], on_bytes: Callable[[
                 for chunk in tensor.chunks():
                     if chunk.dtype != tensor.dtype:
                         raise CheckpointError(f"{tensor.name}: planned as {tensor.dtype}, got {chunk.dtype}")
-                    data = memoryview(chunk.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    flat = chunk.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    data = memoryview(flat.numpy())  # type: ignore[arg-type]
                     emit(data)
                     written += data.nbytes
                     on_bytes(data.nbytes)

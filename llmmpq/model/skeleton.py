@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -122,26 +122,26 @@ def _fill_computed_buffers(model: PreTrainedModel) -> None:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
-    best_name, best_size = "", 0
+    best_name, best_size, num_blocks = "", 0, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(item) for item in module}) == 1:
             linears = (item for item in module.modules() if isinstance(item, nn.Linear | Conv1D))
             size = sum(item.weight.numel() for item in linears)
             experts = sum(p.numel() for p in module.parameters() if p.dim() >= 3)
             if size + experts > best_size:
-                best_name, best_size = name, size + experts
+                best_name, best_size, num_blocks = name, size + experts, len(module)
     if not best_name:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder blocks with nn.Linear layers: nothing can be quantized"
         )
-    return tuple(f"{best_name}.{index}" for index in range(len(model.get_submodule(best_name))))
+    return tuple(f"{best_name}.{index}" for index in range(num_blocks))
 
 
 def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
     """Match checkpoint names to state-dict names by transformers' own renaming rules, and check every shape."""
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     wanted = model.state_dict()
     stored_names: dict[str, str] = {}
     ignored = []

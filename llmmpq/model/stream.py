@@ -257,7 +257,7 @@ class _Recorder:
     def __enter__(self) -> _Recorder:
         model = self.skeleton.model
         for index, block in enumerate(self.blocks):
-            block.forward = lambda *args, _index=index, **kwargs: self._seen(_index, args, kwargs)  # type: ignore[method-assign]
+            block.forward = lambda *args, _index=index, **kwargs: self._seen(_index, args, kwargs)
         inside = {id(module) for block in self.blocks for module in block.modules()}
         for name, module in model.named_modules():
             if id(module) not in inside and (module._parameters or module._buffers):
@@ -345,5 +345,6 @@ def _set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
 def _free_tensor(module: nn.Module, path: str) -> None:
     parent_path, _, key = path.rpartition(".")
     parent = module.get_submodule(parent_path)
-    held = parent._parameters.get(key)
-    _set_tensor(module, path, (held if held is not None else parent._buffers[key]).data.to("meta"))
+    held = (parent._parameters if key in parent._parameters else parent._buffers)[key]
+    assert held is not None
+    _set_tensor(module, path, held.data.to("meta"))

@@ -16,11 +16,15 @@ import torch
 from llmmpq.quantize.gptq import Factor
 
 
-def corrected_weight(weight_NK: torch.Tensor, cross_KK: torch.Tensor, factor: Factor, *, share: float) -> torch.Tensor:
-    """W + share * W C (H + damping)^-1, with the inverse applied through its triangular factor."""
+def correction_target(weight_NK: torch.Tensor, cross_KK: torch.Tensor) -> torch.Tensor:
+    """W E[(x0 - x) x']: all that is needed of the cross moment, which may be freed after it."""
+    return torch.mm(weight_NK.float(), cross_KK)
+
+
+def corrected_weight(weight_NK: torch.Tensor, target_NK: torch.Tensor, factor: Factor, *, share: float) -> torch.Tensor:
+    """W + share * target (H + damping)^-1, with the inverse applied through its triangular factor."""
     upper, order = factor.upper_KK, factor.order_K
-    moved_NK = torch.mm(weight_NK.float(), cross_KK)[:, order]
-    moved_NK = torch.mm(torch.mm(moved_NK, upper.t()), upper)
+    moved_NK = torch.mm(torch.mm(target_NK[:, order], upper.t()), upper)
     corrected_NK = weight_NK.float().clone()
-    corrected_NK[:, order] += share * moved_NK
+    corrected_NK[:, order] += moved_NK.mul_(share)
     return corrected_NK

@@ -22,9 +22,10 @@ from llmmpq.errors import CheckpointError
 from llmmpq.records import Scheme
 
 # Legend: N rows (outputs), K columns (inputs), G groups, g columns of a group.
-SHRINK_STEPS = 16
-SMALLEST_SHRINK = 0.4
-NUM_REFITS = 3
+# Ranges tried: (number, narrowest as a share of min..max). Clipping pays at two bits and hardly at eight.
+SHRINKS = {2: (12, 0.4), 3: (10, 0.5), 4: (6, 0.75), 8: (2, 0.97)}
+# Closed-form refits of the scale; in the first the zero may also move by one step.
+NUM_REFITS = 2
 # Smallest normal float16: below it the stored scale would lose precision.
 SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65504.0
@@ -83,10 +84,10 @@ def _error(
     weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted squared error per group, and the centred codes q - z."""
-    centred = torch.round(weight / scales.unsqueeze(-1))
-    centred = torch.maximum(torch.minimum(centred, (top - zeros).unsqueeze(-1)), -zeros.unsqueeze(-1))
-    residual = torch.addcmul(weight, centred, scales.unsqueeze(-1), value=-1)
-    return (residual.square_().mul_(importance)).sum(-1), centred
+    spread, shift = scales.unsqueeze(-1), zeros.unsqueeze(-1)
+    centred = torch.div(weight, spread).round_().add_(shift).clamp_(0, top).sub_(shift)
+    residual = torch.addcmul(weight, centred, spread, value=-1)
+    return residual.square_().mul_(importance).sum(-1), centred
 
 
 def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,9 +107,9 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> t
 
     for scales, zeros in _starting_points(weight, scheme, top):
         consider(scales, zeros)
-    for _ in range(NUM_REFITS):
+    for refit in range(NUM_REFITS):
         scales, zeros = best_scales, best_zeros
-        for shift in (0,) if scheme.symmetric else (0, -1, 1):
+        for shift in (0, -1, 1) if refit == 0 and not scheme.symmetric else (0,):
             shifted = (zeros + shift).clamp(0, top)
             centred = consider(scales, shifted)
             weighted = centred * importance
@@ -123,10 +124,9 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> t
 def _starting_points(weight: torch.Tensor, scheme: Scheme, top: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     low = weight.amin(-1).clamp_max(0)
     high = weight.amax(-1).clamp_min(0)
-    # Eight and four bits need little clipping; the range is shrunk as far as pays at two.
-    smallest = SMALLEST_SHRINK if scheme.bits <= 3 else 0.75
-    for step in range(SHRINK_STEPS):
-        shrink = 1 - (1 - smallest) * step / (SHRINK_STEPS - 1)
+    num_steps, narrowest = SHRINKS[scheme.bits]
+    for step in range(num_steps):
+        shrink = 1 - (1 - narrowest) * step / (num_steps - 1)
         if scheme.symmetric:
             zeros = torch.full_like(low, 2 ** (scheme.bits - 1))
             reach = torch.maximum(high, -low) * shrink / 2 ** (scheme.bits - 1)

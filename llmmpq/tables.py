@@ -1,0 +1,293 @@
+"""What the command line shows of a result: tables and summaries on a rich console, from the dicts of `pipeline`.
+
+Everything must read without colour (a log, a paper, a colour-blind eye) and at 80 columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from math import ceil
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from llmmpq.progress import duration
+
+Row = Mapping[str, Any]
+
+WIDTH_STYLES = {2: "red", 3: "yellow", 4: "green", 8: "cyan"}
+NOTHING = "-"
+MAX_MAP_ROWS = 40  # what a screen shows at once; a longer map continues beside itself where the terminal is wide enough
+MAX_EXAMPLES = 3
+
+
+def size(nbytes: int) -> str:
+    return decimal(int(nbytes), precision=2)
+
+
+def show_quantized(console: Console, result: Row) -> None:
+    plan = result["plan"]
+    linears = list(plan["linears"].values())
+    show_bit_map(console, linears)
+    output_nbytes, source_nbytes = result["total_nbytes"], result["source_nbytes"]
+    ratio = f"{source_nbytes / output_nbytes:.2f} times smaller" if output_nbytes else ""
+    rows = {
+        "Written to": result["out"],
+        **_plan_rows(plan, linears),
+        "Size": f"{size(source_nbytes)} -> {size(output_nbytes)}, {ratio}",
+        "of which": f"{size(plan['nbytes'])} quantized, {size(result['kept_nbytes'])} kept at 16 bits or more",
+        "Took": f"{duration(result['seconds'])}, at most {decimal(result['peak_rss_nbytes'])} of memory",
+    }
+    if result["resumed_blocks"]:
+        rows["Continued"] = f"{result['resumed_blocks']} blocks were taken over from an earlier run"
+    if result["already_done"]:
+        rows["Continued"] = "nothing was left to do: the folder already holds this result"
+    _show_rows(console, rows)
+    _show_alarms(console, "fallback", result["fallbacks"])
+    _show_alarms(console, "warning", result["warnings"])
+
+
+def show_plans(console: Console, result: Row) -> None:
+    plans = result["plans"]
+    if len(plans) == 1:
+        linears = list(plans[0]["linears"].values())
+        show_bit_map(console, linears)
+        _show_rows(console, {**_plan_rows(plans[0], linears), "Size": f"{size(plans[0]['nbytes'])} in these matrices"})
+    else:
+        table = _table("asked", "true bits", "code bits", "size", "predicted loss", "gap", "weights by width")
+        for plan in plans:
+            table.add_row(
+                str(plan["budget"].get("value", "")),
+                f"{plan['bits_per_weight']:.3f}",
+                f"{plan['code_bits_per_weight']:.3f}",
+                size(plan["nbytes"]),
+                _figure(plan["predicted_loss"]),
+                _gap(plan["optimality_gap"]),
+                _shares(plan["linears"].values(), separator="\n"),
+            )
+        console.print(table)
+    if result["out"] is None:
+        _say(console, "No plan file was written; --out FOLDER writes what `llmmpq quantize --plan FILE` carries out.")
+    else:
+        _say(console, f"Plan files are in {result['out']}.")
+
+
+def show_check(console: Console, result: Row) -> None:
+    seconds = result["seconds"]
+    rows = {
+        "Model": f"{result['model']} ({result['architecture']})",
+        "To quantize": f"{result['num_linears']} matrices in {result['num_blocks']} blocks, "
+        f"{result['num_weights']:,} weights",
+        "Budget": f"{result['budget']}; "
+        f"possible are {result['smallest_bits']:.2f} to {result['largest_bits']:.2f} true bits per weight",
+        "Size": f"{size(result['source_nbytes'])} -> {size(result['output_nbytes'])}",
+        "of which": f"{size(result['quantized_nbytes'])} quantized, {size(result['kept_nbytes'])} kept",
+        "Computes on": f"{result['device']} in {result['dtype']}",
+        "Memory": _needed(result["ram_nbytes"], result["ram_free_nbytes"]),
+        "GPU memory": _needed(result["vram_nbytes"], result["vram_free_nbytes"]),
+        "Disk": _needed(result["disk_nbytes"], result["disk_free_nbytes"]),
+        "Time": None if seconds is None else f"about {duration(seconds)} (a rough estimate)",
+    }
+    _show_rows(console, rows)
+    show_kept(console, result["kept"])
+    if short := result["short_groups"]:
+        _say(console, f"A short last group: {_examples(short)}")
+    for note in result["notes"]:
+        _say(console, f"note: {note}")
+    _show_alarms(console, "problem", result["problems"])
+    if not result["problems"]:
+        _say(console, "Nothing stands in the way.")
+
+
+def show_kept(console: Console, kept: Iterable[Row]) -> None:
+    by_reason: dict[str, list[Row]] = defaultdict(list)
+    for tensor in kept:
+        by_reason[tensor["reason"]].append(tensor)
+    if not by_reason:
+        return
+    table = _table("kept as it is, because", "tensors", "size", "such as", right=(1, 2))
+    for reason, tensors in sorted(by_reason.items(), key=lambda item: -sum(one["nbytes"] for one in item[1])):
+        nbytes = sum(tensor["nbytes"] for tensor in tensors)
+        largest = max(tensors, key=lambda tensor: tensor["nbytes"])
+        table.add_row(reason, str(len(tensors)), size(nbytes), largest["name"])
+    console.print(table)
+
+
+def show_inspected(console: Console, result: Row) -> None:
+    linears = result["linears"]
+    show_bit_map(console, linears)
+    rows = {
+        "Folder": f"{result['folder']} (layout version {result['layout_version']})",
+        **_plan_rows(result, linears),
+        "Size": f"{size(result['total_nbytes'])}: {size(result['quantized_nbytes'])} quantized, "
+        f"{size(result['kept_nbytes'])} kept at 16 bits or more",
+    }
+    _show_rows(console, rows)
+    _show_alarms(console, "fallback", result["fallbacks"])
+    _show_alarms(console, "warning", result["warnings"])
+    _show_alarms(console, "problem", result["problems"])
+    if not result["problems"]:
+        _say(console, "Every file is there and has the digest it was written with.")
+
+
+def show_evaluated(console: Console, result: Row) -> None:
+    models = [result] if result.get("baseline") is None else [result, result["baseline"]]
+    table = _table("", *(model["model"] for model in models), right=(1, 2))
+    for label, key, form in (
+        ("perplexity", "perplexity", "{:.4f}"),
+        ("nats per token", "nll", "{:.5f}"),
+        ("true bits per weight", "bits_per_weight", "{:.3f}"),
+        ("size", "total_nbytes", None),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+    ):
+        values = [model.get(key) for model in models]
+        shown = [NOTHING if v is None else size(v) if form is None else form.format(v) for v in values]
+        if any(value is not None for value in values):
+            table.add_row(label, *shown)
+    console.print(table)
+    if len(models) == 2:
+        _say(console, f"Extra loss against the baseline: {result['extra_nll']:+.5f} nats per token.")
+    _say(console, f"{result['num_tokens']:,} tokens of {result['text']}, in windows of {result['window']}.")
+
+
+def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
+    """Rows are blocks, columns are roles in the order of the model, cells are code bits."""
+    roles = list(dict.fromkeys(linear["role"] for linear in linears))
+    widths: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for linear in linears:
+        widths[linear["block"]][linear["role"]].add(linear["bits"])
+    rows = _merged({block: tuple(frozenset(cells[role]) for role in roles) for block, cells in sorted(widths.items())})
+    headers = _short_names(roles)
+    panels = _panels(console, headers, rows)
+    if panels is None:  # too many or too long roles for this terminal
+        letters = [chr(ord("a") + index) if index < 26 else str(index) for index in range(len(roles))]
+        panels = _panels(console, letters, rows) or [_map_table(letters, rows)]
+        _say(console, ", ".join(f"{letter} = {header}" for letter, header in zip(letters, headers, strict=True)))
+    grid = Table.grid(padding=(0, 4))
+    grid.add_row(*panels)
+    console.print(grid)
+    if any(not cell for _, cells in rows for cell in cells):
+        _say(console, f"{NOTHING} holds no quantized matrix")
+
+
+def _panels(console: Console, headers: Sequence[str], rows: Sequence[Any]) -> list[RenderableType] | None:
+    """The map in as many pieces beside each other as help; None when even one is too wide."""
+    width = Measurement.get(console, console.options, _map_table(headers, rows)).maximum
+    if width > console.width:
+        return None
+    num_panels = min(ceil(len(rows) / MAX_MAP_ROWS), (console.width + 4) // (width + 4))
+    num_rows = ceil(len(rows) / max(1, num_panels))
+    return [_map_table(headers, rows[first : first + num_rows]) for first in range(0, len(rows), num_rows)]
+
+
+def _map_table(headers: Sequence[str], rows: Sequence[Any]) -> Table:
+    table = _table("block", *headers, right=range(len(headers) + 1), no_wrap=True)
+    for label, cells in rows:
+        table.add_row(label, *(_cell(cell) for cell in cells))
+    return table
+
+
+def _merged(rows: Mapping[int, tuple[frozenset[int], ...]]) -> list[tuple[str, tuple[frozenset[int], ...]]]:
+    """Runs of equal blocks become one row, '4-11'."""
+    merged = []
+    for cells, run in groupby(rows.items(), key=lambda item: item[1]):
+        blocks = [block for block, _ in run]
+        merged.append((str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}", cells))
+    return merged
+
+
+def _cell(widths: frozenset[int]) -> Text:
+    text = Text("/").join(Text(str(bits), style=WIDTH_STYLES.get(bits, "")) for bits in sorted(widths))
+    return text if widths else Text(NOTHING, style="dim")
+
+
+def _short_names(roles: Sequence[str]) -> list[str]:
+    """Without a last part that they share: q_proj, down_proj -> q, down."""
+    endings = {"_" + role.rpartition("_")[2] if "_" in role else "" for role in roles}
+    short = [role.removesuffix(max(endings)) for role in roles] if len(endings) == 1 else []
+    return short if all(short) and len(set(short)) == len(roles) > 1 else list(roles)
+
+
+def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
+    """The lines that a plan, a result and a folder have in common."""
+    asked = plan["budget"].get("value")
+    kind = {"avg_bits": "on average", "bits": "everywhere"}.get(plan["budget"].get("kind", ""), "")
+    groups = sorted({linear["group_size"] for linear in linears})
+    kinds = sorted({"symmetric" if linear["symmetric"] else "asymmetric" for linear in linears})
+    return {
+        "Asked for": f"{asked:g} bits {kind}".rstrip() if isinstance(asked, int | float) else None,
+        "True bits": f"{plan['bits_per_weight']:.3f} per weight, scales and zeros included",
+        "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
+        "Widths": _shares(linears, separator=", "),
+        "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
+        "Chosen by": plan["method"]
+        + (f", predicted loss {_figure(plan['predicted_loss'])}" if plan["predicted_loss"] is not None else "")
+        + (f", at most {_gap(plan['optimality_gap'])} from the best" if plan["optimality_gap"] is not None else ""),
+    }
+
+
+def _shares(linears: Iterable[Row], *, separator: str) -> str:
+    """What part of the weights has each width."""
+    weights: dict[int, int] = defaultdict(int)
+    for linear in linears:
+        weights[linear["bits"]] += linear["shape"][0] * linear["shape"][1]
+    total = sum(weights.values())
+    return separator.join(f"{bits} bits {100 * count / total:.0f} %" for bits, count in sorted(weights.items()))
+
+
+def _needed(wanted: int | None, free: int | None) -> str | None:
+    if wanted is None:
+        return None
+    return f"about {decimal(wanted)} needed" + ("" if free is None else f", {decimal(free)} free")
+
+
+def _figure(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.4g}"
+
+
+def _gap(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.2g} %"
+
+
+def _examples(names: Sequence[str]) -> str:
+    more = len(names) - MAX_EXAMPLES
+    return ", ".join(names[:MAX_EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _table(*headers: str, right: Iterable[int] | None = None, no_wrap: bool = False) -> Table:
+    numeric = range(1, len(headers)) if right is None else right
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, header in enumerate(headers):
+        table.add_column(
+            Text(header), justify="right" if index in numeric else "left", no_wrap=no_wrap, overflow="fold"
+        )
+    return table
+
+
+def _show_rows(console: Console, rows: Mapping[str, str | None]) -> None:
+    console.print()
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in rows.items():
+        if value is not None:
+            grid.add_row(label, Text(str(value)))
+    console.print(grid)
+    console.print()
+
+
+def _show_alarms(console: Console, kind: str, sentences: Iterable[str]) -> None:
+    style = {"problem": "bold red"}.get(kind, "bold yellow")
+    for sentence in sentences:
+        console.print(Text(f"{kind}: {sentence}", style=style), soft_wrap=True)
+
+
+def _say(console: Console, sentence: str) -> None:
+    """A sentence is never cut into lines: file names in it stay whole for copying."""
+    console.print(Text(sentence), soft_wrap=True)
