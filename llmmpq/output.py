@@ -30,6 +30,7 @@ DIGESTS_FILE = "digests.json"
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
+EDITED = "edited"  # the method of a plan that a person gave
 
 # Gives the stored tensors of one linear ("words", "scales", "zeros") when the writer reaches them.
 ReadPacked = Callable[[str], Mapping[str, torch.Tensor]]
@@ -54,39 +55,48 @@ class OutputSpec:
         return self.plan.nbytes + sum(tensor.nbytes for tensor in self.kept)
 
 
-def claim_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse early what could not be replaced later: a folder that is not ours is never touched."""
+def claim_output(
+    out: Path, *, overwrite: bool, recipe_yaml: str, provenance: Mapping[str, Any], plan: Plan | None
+) -> bool:
+    """True when `out` is already the intact result of just this run. Refuses early what could not be replaced later.
+
+    A folder that is not ours is never touched. `plan` is the one given by hand; without it the plan follows from the
+    recipe and the provenance.
+    """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"--out {out} exists and is not a folder: choose another")
     if not out.exists() or not any(out.iterdir()):
-        return
+        return False
     if not (out / PLAN_FILE).is_file() or not (out / DIGESTS_FILE).is_file():
         raise CheckpointError(
             f"--out {out} holds something else than a quantized model ({sorted(p.name for p in out.iterdir())[0]!r}, "
             "...): it is left alone. Choose another --out."
         )
-    if not overwrite:
-        raise CheckpointError(
-            f"--out {out} already holds a quantized model made from other inputs. Choose another --out, or replace "
-            "it with --overwrite."
-        )
-
-
-def is_finished(out: Path, *, recipe_yaml: str, provenance: Mapping[str, Any], schemes: Mapping[str, Any]) -> bool:
-    """Whether `out` is the intact result of just this run."""
-    try:
-        plan = json.loads((out / PLAN_FILE).read_text(encoding="utf-8"))
-        recipe = (out / RECIPE_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+    same = _is_same_run(out, recipe_yaml, provenance, plan)
+    problems = verify_digests(out) if same else []
+    if same and not problems:
+        return True
+    if overwrite:
         return False
-    stored = {name: entry["bits"] for name, entry in plan["linears"].items()}
-    wanted = {name: linear.scheme.bits for name, linear in schemes.items()}
-    return (
-        recipe == recipe_yaml
-        and plan["provenance"] == dict(provenance)
-        and stored == wanted
-        and not verify_digests(out)
+    if problems:
+        raise CheckpointError(f"--out {out} was finished but is damaged ({problems[0]}): redo it with --overwrite")
+    raise CheckpointError(
+        f"--out {out} already holds a quantized model made from other inputs. Choose another --out, or replace it "
+        "with --overwrite."
     )
+
+
+def _is_same_run(out: Path, recipe_yaml: str, provenance: Mapping[str, Any], plan: Plan | None) -> bool:
+    try:
+        stored = read_plan(out / PLAN_FILE)
+        recipe = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    except (OSError, CheckpointError):
+        return False
+    if recipe != recipe_yaml or dict(stored.provenance) != dict(provenance):
+        return False
+    if plan is None:
+        return stored.method != EDITED
+    return stored.method == EDITED and dict(stored.linears) == dict(plan.linears)
 
 
 def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]) -> int:

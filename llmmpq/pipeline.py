@@ -26,7 +26,7 @@ from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.measure.block_loss import MeasureSettings, measure_block
 from llmmpq.model.stream import BlockStream
 from llmmpq.model.tokens import TokenWindows
-from llmmpq.output import OutputSpec, claim_output, inspect_folder, is_finished, write_output
+from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, inspect_folder, read_plan, write_output
 from llmmpq.planning import budget_of, check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disk, preflight
 from llmmpq.progress import Progress, Silent
@@ -54,35 +54,34 @@ def quantize_model(
     plan = None if plan_file is None else plan_from_file(plan_file, session)
     if plan is None:
         check_budget(session)
+    kept_nbytes = sum(tensor.nbytes for tensor in session.skeleton.kept)
     with _Work(session, out, work_dir, progress) as (work, model_digests):
         windows = _tokens(session, progress)
         session = _with_resolved_source(session, windows)
         provenance = _provenance(session, model_digests, windows)
-        if plan is None:
-            plan = _planned(session, work, model_digests, windows, progress)
-        plan = _with_provenance(plan, provenance)
         recipe_yaml = session.recipe.to_yaml()
-        summary: dict[str, Any] = {
-            "out": str(out),
-            "plan": plan.to_json(),
-            "source_nbytes": session.checkpoint.nbytes,
-            "kept_nbytes": sum(tensor.nbytes for tensor in session.skeleton.kept),
-        }
-        summary["total_nbytes"] = summary["kept_nbytes"] + plan.nbytes
-        done = is_finished(out, recipe_yaml=recipe_yaml, provenance=provenance, schemes=plan.linears)
+        done = claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        resumed = 0
         if done:
+            plan = read_plan(out / PLAN_FILE)
             report = inspect_folder(out)
-            summary |= {"already_done": True, "resumed_blocks": 0}
         else:
-            claim_output(out, overwrite=overwrite)
-            check_disk(out.parent, needed=summary["total_nbytes"] + plan.nbytes)
+            plan = plan or _planned(session, work, model_digests, windows, progress)
+            plan = dataclasses.replace(plan, provenance=provenance)
+            check_disk(out.parent, needed=kept_nbytes + 2 * plan.nbytes)
             stage = work.stage("quantize", _quantize_inputs(session, model_digests, windows, plan))
             resumed, notes = _quantize(session, stage, plan, windows, progress)
             report = _report(session, plan, windows, notes)
             _write(session, out, stage, plan, recipe_yaml, report, progress)
             stage.discard()
-            summary |= {"already_done": False, "resumed_blocks": resumed}
-    return summary | {
+    return {
+        "out": str(out),
+        "plan": plan.to_json(),
+        "source_nbytes": session.checkpoint.nbytes,
+        "kept_nbytes": kept_nbytes,
+        "total_nbytes": kept_nbytes + plan.nbytes,
+        "already_done": done,
+        "resumed_blocks": resumed,
         "fallbacks": report["fallbacks"],
         "warnings": report["warnings"],
         "seconds": time.monotonic() - started,
@@ -108,7 +107,9 @@ def make_plans(
         session = _with_resolved_source(session, windows)
         provenance = _provenance(session, model_digests, windows)
         plans = [
-            _with_provenance(_planned(session, work, model_digests, windows, progress, avg_bits=bits), provenance)
+            dataclasses.replace(
+                _planned(session, work, model_digests, windows, progress, avg_bits=bits), provenance=provenance
+            )
             for bits in budgets
         ]
     if out is not None:
@@ -197,7 +198,10 @@ def _planned(
     budget, nbytes = budget_of(session, avg_bits)
     if budget["kind"] == "bits" or recipe.allocation.method == "uniform":
         problem = unmeasured_problem(session)
-        return to_plan(problem, uniform(problem, nbytes), method="uniform", budget=budget)
+        solution = uniform(problem, nbytes)
+        if budget["kind"] == "bits":
+            budget["nbytes"] = solution.nbytes  # pins may ask for more or less than the width itself
+        return to_plan(problem, solution, method="uniform", budget=budget)
     sensitivity = _measure(session, work, model_digests, windows, progress)
     for warning in sensitivity.warnings:
         progress.note(warning)
@@ -354,10 +358,6 @@ def _provenance(session: Session, model_digests: Mapping[str, str], windows: Tok
         },
         "numerics": session.numerics(),
     }
-
-
-def _with_provenance(plan: Plan, provenance: Mapping[str, Any]) -> Plan:
-    return dataclasses.replace(plan, provenance=provenance)
 
 
 def _report(

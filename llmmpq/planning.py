@@ -11,7 +11,7 @@ from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.errors import RecipeError
 from llmmpq.model.checkpoint import write_text
-from llmmpq.output import read_plan
+from llmmpq.output import EDITED, read_plan
 from llmmpq.records import Plan, Sensitivity
 from llmmpq.session import Session
 
@@ -66,7 +66,7 @@ def plan_from_file(path: Path, session: Session) -> Plan:
             raise RecipeError(f"{path}: {name} has shape {list(linear.shape)}, in the model {list(shapes[name])}")
     ordered = {name: plan.linears[name] for name in shapes}
     budget = {"kind": "plan", "value": plan.bits_per_weight, "nbytes": plan.nbytes}
-    return Plan(linears=ordered, method="edited", budget=budget)
+    return Plan(linears=ordered, method=EDITED, budget=budget)
 
 
 def write_plan(path: Path, plan: Plan) -> None:

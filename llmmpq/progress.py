@@ -116,7 +116,7 @@ def _make_bars() -> Bars:
     from rich.filesize import decimal
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     process = psutil.Process()
@@ -143,13 +143,13 @@ def _make_bars() -> Bars:
                 yield self.make_tasks_table(shown)
 
     return Patient(
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
-        Count(),
+        Count(Column(no_wrap=True)),
         TimeElapsedColumn(),
         TextColumn("left", style="dim"),
         TimeRemainingColumn(),
-        Memory(),
+        Memory(Column(no_wrap=True)),
         console=_console(),
         transient=True,
         expand=True,

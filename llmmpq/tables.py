@@ -6,7 +6,7 @@ Everything must read without colour (a log, a paper, a colour-blind eye) and at 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from math import ceil
 from typing import Any
@@ -60,7 +60,9 @@ def show_plans(console: Console, result: Row) -> None:
         show_bit_map(console, linears)
         _show_rows(console, {**_plan_rows(plans[0], linears), "Size": f"{size(plans[0]['nbytes'])} in these matrices"})
     else:
-        table = _table("asked", "true bits", "code bits", "size", "predicted loss", "gap", "weights by width")
+        table = _table(
+            "asked", "true bits", "code bits", "size", "predicted loss", "gap", "weights by width", right=range(6)
+        )
         for plan in plans:
             table.add_row(
                 str(plan["budget"].get("value", "")),
@@ -178,7 +180,8 @@ def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
 
 def _panels(console: Console, headers: Sequence[str], rows: Sequence[Any]) -> list[RenderableType] | None:
     """The map in as many pieces beside each other as help; None when even one is too wide."""
-    width = Measurement.get(console, console.options, _map_table(headers, rows)).maximum
+    boundless = console.options.update(width=10**6)  # in its own options rich never measures more than the terminal
+    width = Measurement.get(console, boundless, _map_table(headers, rows)).maximum
     if width > console.width:
         return None
     num_panels = min(ceil(len(rows) / MAX_MAP_ROWS), (console.width + 4) // (width + 4))
@@ -216,20 +219,30 @@ def _short_names(roles: Sequence[str]) -> list[str]:
 
 def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
     """The lines that a plan, a result and a folder have in common."""
-    asked = plan["budget"].get("value")
-    kind = {"avg_bits": "on average", "bits": "everywhere"}.get(plan["budget"].get("kind", ""), "")
+    kind, value = plan["budget"].get("kind"), plan["budget"].get("value")
+    asked = {
+        "avg_bits": f"{value} true bits per weight on average",
+        "bits": f"{value} bits everywhere",
+        "plan": "the widths of a plan file",
+    }
     groups = sorted({linear["group_size"] for linear in linears})
     kinds = sorted({"symmetric" if linear["symmetric"] else "asymmetric" for linear in linears})
     return {
-        "Asked for": f"{asked:g} bits {kind}".rstrip() if isinstance(asked, int | float) else None,
+        "Asked for": asked.get(kind),
         "True bits": f"{plan['bits_per_weight']:.3f} per weight, scales and zeros included",
         "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
         "Widths": _shares(linears, separator=", "),
         "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
-        "Chosen by": plan["method"]
-        + (f", predicted loss {_figure(plan['predicted_loss'])}" if plan["predicted_loss"] is not None else "")
-        + (f", at most {_gap(plan['optimality_gap'])} from the best" if plan["optimality_gap"] is not None else ""),
+        "Chosen by": None if kind == "plan" else ", ".join(_choice(plan)),
     }
+
+
+def _choice(plan: Row) -> Iterator[str]:
+    yield plan["method"]
+    if plan["predicted_loss"] is not None:
+        yield f"predicted loss {_figure(plan['predicted_loss'])}"
+    if plan["optimality_gap"] is not None:
+        yield f"at most {_gap(plan['optimality_gap'])} from the best"
 
 
 def _shares(linears: Iterable[Row], *, separator: str) -> str:

@@ -37,12 +37,7 @@ def generate_text(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones are more than the {limit} the model "
             "reads; shorten the prompt or lower --max-new-tokens"
         )
-    # In greedy mode transformers warns of every sampling setting that the model's own generation config carries.
-    sampling = (
-        {"do_sample": True, "temperature": temperature}
-        if temperature > 0
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
@@ -50,16 +45,6 @@ def generate_text(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=_pad_token_id(model, tokenizer),
             **sampling,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Never used with one prompt, but transformers warns when there is none."""
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    end = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = end if isinstance(end, list) else [end]
-    return int(ends[0]) if ends[0] is not None else 0

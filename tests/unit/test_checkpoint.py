@@ -36,7 +36,11 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 def one_of_each() -> dict[str, torch.Tensor]:
     """Every readable dtype, in sizes that would leave the next tensor misaligned."""
     tensors = {f"{dtype}.t": random_tensor(dtype, (3, 5), seed) for seed, dtype in enumerate(TORCH_DTYPES.values())}
-    return tensors | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "a.byte": torch.tensor([7], dtype=torch.uint8)}
+    return tensors | {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "a.byte": torch.tensor([7], dtype=torch.uint8),
+    }
 
 
 def sharded(folder, shards: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -98,9 +102,7 @@ def test_the_index_decides_between_two_shards_with_the_same_tensor(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "old.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "zzz.safetensors")
     save_file({"b": torch.ones(2), "a": torch.full((2,), 9.0)}, tmp_path / "other.safetensors")
-    (tmp_path / INDEX_FILE).write_text(
-        json.dumps({"weight_map": {"a": "old.safetensors", "b": "other.safetensors"}})
-    )
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "old.safetensors", "b": "other.safetensors"}}))
     checkpoint = Checkpoint.open(tmp_path)
     assert torch.equal(checkpoint.read(["a"])["a"], torch.zeros(2))
     assert checkpoint.read(["a", "b"]).keys() == {"a", "b"}

@@ -1,0 +1,149 @@
+"""The flags of the command line: which recipe key each one sets, and how it is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(kind: Any, *names: str, text: str, panel: str | None = None, metavar: str | None = None) -> Any:
+    """A flag that is None unless it was given."""
+    option = typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+    return Annotated[kind | None, option]
+
+
+BUDGET, CALIBRATION, BITS, QUANTIZER, MACHINE = "Budget", "Calibration", "Choice of bits", "Quantizer", "Machine"
+DTYPE_HELP = "What to compute in: auto, float32, bfloat16 or float16."
+
+# Parameter -> the recipe keys it sets, and its declaration. A flag overrides the recipe only when it was given.
+RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
+    "avg_bits": (
+        ("budget.avg_bits",),
+        _option(float, "--avg-bits", panel=BUDGET, text="True bits per weight, scales and zeros included (3.5)."),
+    ),
+    "bits": (
+        ("budget.bits",),
+        _option(int, "--bits", panel=BUDGET, metavar="<2|3|4|8>", text="The same width everywhere, without a search."),
+    ),
+    "revision": (
+        ("revision",),
+        _option(str, "--revision", text="Branch, tag or commit of a model on the Hub."),
+    ),
+    "calib": (
+        ("calibration.source",),
+        _option(
+            str,
+            "--calib",
+            panel=CALIBRATION,
+            metavar="<source>",
+            text="auto, builtin, a file, a folder, or hf:DATASET/CONFIG:SPLIT:COLUMN.",
+        ),
+    ),
+    "tokens": (
+        ("calibration.tokens",),
+        _option(int, "--tokens", panel=CALIBRATION, text="How many tokens to calibrate on."),
+    ),
+    "window": (
+        ("calibration.window",),
+        _option(int, "--window", panel=CALIBRATION, text="Tokens per calibration sequence."),
+    ),
+    "seed": (("calibration.seed",), _option(int, "--seed", panel=CALIBRATION, text="Which sequences are drawn.")),
+    "method": (
+        ("allocation.method",),
+        _option(str, "--method", panel=BITS, metavar="<additive|uniform>", text="How widths are chosen."),
+    ),
+    "widths": (
+        ("allocation.widths",),
+        _option(str, "--widths", panel=BITS, metavar="<2,3,4,8>", text="The widths to choose from."),
+    ),
+    "fuse": (
+        ("allocation.fuse",),
+        _option(bool, "--fuse/--no-fuse", panel=BITS, text="Make q/k/v agree on a width, and gate/up."),
+    ),
+    "pin": (
+        ("allocation.pins",),
+        _option(
+            list[str],
+            "--pin",
+            panel=BITS,
+            metavar="<pattern=bits>",
+            text="Fix the width of matching matrices, as in '*.down_proj=8'. Repeatable; adds to the recipe's.",
+        ),
+    ),
+    "keep": (
+        ("output.keep",),
+        _option(
+            list[str],
+            "--keep",
+            panel=BITS,
+            metavar="<pattern>",
+            text="Leave matching matrices unquantized. Repeatable; adds to the recipe's.",
+        ),
+    ),
+    "quantizer": (
+        # A measurement by another algorithm than the one that runs would choose widths for the wrong errors.
+        ("quantizer.algorithm", "measurement.quantizer"),
+        _option(str, "--quantizer", panel=QUANTIZER, metavar="<gptq|rtn>", text="How codes are found."),
+    ),
+    "group_size": (
+        ("quantizer.group_size",),
+        _option(int, "--group-size", panel=QUANTIZER, text="Inputs that share a scale: fewer are closer and larger."),
+    ),
+    "symmetric": (
+        ("quantizer.symmetric",),
+        _option(bool, "--symmetric/--asymmetric", panel=QUANTIZER, text="Store no zeros, or one for each group."),
+    ),
+    "sequential": (
+        ("quantizer.sequential",),
+        _option(bool, "--sequential/--no-sequential", panel=QUANTIZER, text="Let later layers see quantized ones."),
+    ),
+    "correction": (
+        ("quantizer.correction",),
+        _option(float, "--correction", panel=QUANTIZER, text="How much of the incoming error to repair, 0 to 1."),
+    ),
+    "device": (
+        ("run.device",),
+        _option(str, "--device", panel=MACHINE, metavar="<auto|cpu|cuda:N>", text="Where to compute."),
+    ),
+    "dtype": (
+        ("run.dtype",),
+        _option(str, "--dtype", panel=MACHINE, metavar="<name>", text=DTYPE_HELP),
+    ),
+    "activations": (
+        ("run.activations",),
+        _option(str, "--activations", panel=MACHINE, metavar="<device|host>", text="Where states wait between blocks."),
+    ),
+    "batch": (("run.batch",), _option(int, "--batch", panel=MACHINE, text="Sequences per forward.")),
+    "threads": (("run.threads",), _option(int, "--threads", panel=MACHINE, text="CPU threads.")),
+    "max_shard_size": (
+        ("output.max_shard_size",),
+        _option(str, "--max-shard-size", panel=MACHINE, metavar="<size>", text="Largest file to write, as in 5GB."),
+    ),
+}
+# What a plan file has already decided.
+DECIDED_BY_A_PLAN = ("avg_bits", "bits", "method", "widths", "fuse", "pin", "group_size", "symmetric")
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", show_default=False, help="A folder, a Hub id such as user/name, or demo."),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="<name|file>", show_default=False, help="A packaged recipe or a file.")
+]
+FolderArgument = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A quantized model folder.")]
+RunnableArgument = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A quantized or plain model.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="<folder>", show_default=False, help="Where to write.")
+]
+WorkOption = Annotated[
+    Path | None,
+    typer.Option("--work-dir", metavar="<folder>", show_default=False, help="Where finished blocks are kept."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="<auto|cpu|cuda:N>", help="Where to compute.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="<name>", help=DTYPE_HELP)]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]

@@ -1,0 +1,185 @@
+"""How the end-to-end tests run llmmpq and read what it wrote, without using llmmpq's own readers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from llmmpq.cli import main
+from llmmpq.recipe import Recipe
+
+GROUP_SIZE = 28  # divides no input size of the tiny models
+COMMAND = [sys.executable, "-m", "llmmpq"]
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run early."""
+
+
+@dataclass
+class Recorder:
+    """A Progress that keeps what it is told, and can end the run at its n-th step."""
+
+    interrupt_at: int | None = None
+    notes: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    num_steps: int = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+        self.tasks.append(label)
+
+        def advance(_num_done: int) -> None:
+            self.num_steps += 1
+            if self.num_steps == self.interrupt_at:
+                raise Interrupted(f"at step {self.num_steps}, {label}")
+
+        yield advance
+
+
+def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
+    """Small and fast: 256 tokens, one thread; `changes` as section__key."""
+    recipe = Recipe().override(
+        {
+            "model": str(model),
+            "budget.avg_bits": 5.0,
+            "calibration.source": str(calibration_file),
+            "calibration.tokens": 256,
+            "calibration.window": 64,
+            "measurement.tokens": 64,
+            "quantizer.group_size": GROUP_SIZE,
+            "run.threads": 1,
+        }
+    )
+    return recipe.override({key.replace("__", "."): value for key, value in changes.items()})
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_here(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> Outcome:
+    """`llmmpq ARGUMENTS` in this process: no seconds spent on importing torch again."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return Outcome(code, *capsys.readouterr())
+
+
+def run_apart(arguments: Sequence[object], **options: Any) -> Outcome:
+    """`python -m llmmpq ARGUMENTS`."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Anything that a writer had begun and not finished."""
+    return [str(path) for path in folder.rglob("*") if "partial" in path.name or "replaced" in path.name]
+
+
+class RawTensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def raw_tensors(folder: Path) -> dict[str, RawTensor]:
+    """Every tensor of a folder's safetensors files, by the published layout of such files."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                assert name not in found, f"{name} is stored twice"
+                found[name] = RawTensor(entry["dtype"], tuple(entry["shape"]), content[start + first : start + last])
+    return found
+
+
+def packed_names(name: str, *, symmetric: bool) -> list[str]:
+    return [f"{name}.words", f"{name}.scales"] + ([] if symmetric else [f"{name}.zeros"])
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    return plan
+
+
+def assert_plan_is_what_is_stored(folder: Path) -> dict[str, Any]:
+    """plan.json against the bytes in the files; returns the plan."""
+    plan, stored = read_plan(folder), raw_tensors(folder)
+    total, num_weights = 0, 0
+    packed = set()
+    for name, entry in plan["linears"].items():
+        names = packed_names(name, symmetric=entry["symmetric"])
+        nbytes = sum(len(stored[key].data) for key in names)
+        assert nbytes == entry["nbytes"], name
+        assert f"{name}.weight" not in stored
+        packed |= set(names)
+        total += nbytes
+        num_weights += entry["shape"][0] * entry["shape"][1]
+    assert {key for key in stored if key.rsplit(".", 1)[1] in ("words", "scales", "zeros")} == packed
+    assert (plan["nbytes"], plan["num_weights"]) == (total, num_weights)
+    assert plan["bits_per_weight"] == pytest.approx(8 * total / num_weights, abs=1e-6)
+    if plan["budget"]["kind"] == "avg_bits":
+        assert 8 * total <= plan["budget"]["value"] * num_weights
+    return plan
+
+
+def decoded_weight(stored: Mapping[str, RawTensor], name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """The weight of one linear by docs/format.md, bit by bit."""
+    bits, (num_rows, num_columns) = entry["bits"], entry["shape"]
+
+    def array(key: str, dtype: str) -> np.ndarray:
+        raw = stored[f"{name}.{key}"]
+        return np.frombuffer(raw.data, dtype=dtype).reshape(raw.shape)
+
+    scales = array("scales", "<f2").astype(np.float32)
+    codes = _unpacked(array("words", "<i4"), bits, num_columns)
+    group_of = np.arange(num_columns) // entry["group_size"]
+    if entry["symmetric"]:
+        zeros = np.full(scales.shape, 2 ** (bits - 1), dtype=np.float32)
+    else:
+        zeros = _unpacked(array("zeros", "<i4"), bits, num_rows).T
+    weight: np.ndarray = (codes - zeros[:, group_of]) * scales[:, group_of]
+    return weight
+
+
+def _unpacked(words: np.ndarray, bits: int, num_codes: int) -> np.ndarray:
+    stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(np.float32)
+    if bits == 3:
+        low, high = np.split(stream, [stream.shape[1] * 2 // 3], axis=1)
+        codes = _as_numbers(low, 2) + 4 * high
+    else:
+        codes = _as_numbers(stream, bits)
+    return codes[:, :num_codes]
+
+
+def _as_numbers(stream: np.ndarray, bits: int) -> np.ndarray:
+    numbers: np.ndarray = stream.reshape(len(stream), -1, bits) @ (2.0 ** np.arange(bits)).astype(np.float32)
+    return numbers

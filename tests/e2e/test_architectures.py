@@ -1,0 +1,74 @@
+"""Every promised architecture: quantized by the pipeline, loaded by transformers, compared tensor by tensor."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmmpq.hf import LlmmpqForCausalLM
+from llmmpq.pipeline import inspect, quantize_model
+from tests import tiny
+from tests.e2e.running import (
+    assert_plan_is_what_is_stored,
+    decoded_weight,
+    packed_names,
+    raw_tensors,
+    tiny_recipe,
+)
+
+BUDGET = 4.9
+CASES = [(name, torch.bfloat16) for name in tiny.NAMES] + [("mistral", torch.float32)]
+OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, on disk and in the model
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=[f"{name}-{dtype}"[: -len("float00")] for name, dtype in CASES])
+def test_quantize_and_load(name: str, dtype: torch.dtype, tmp_path: Path, calibration_file: Path) -> None:
+    source = tiny.save(name, tmp_path / "source", dtype=dtype)
+    out = tmp_path / "out"
+
+    summary = quantize_model(tiny_recipe(source, calibration_file, budget__avg_bits=BUDGET), out=out)
+
+    assert (summary["fallbacks"], summary["warnings"]) == ([], [])
+    plan = assert_plan_is_what_is_stored(out)
+    assert len({entry["bits"] for entry in plan["linears"].values()}) >= 2
+    assert plan["bits_per_weight"] > BUDGET - 0.2
+    assert inspect(out)["problems"] == []
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert set(plan["linears"]) == {
+        module_name
+        for module_name, module in original.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not original.get_output_embeddings()
+    }
+    _assert_kept_as_they_were(source, out)
+
+    stored = raw_tensors(out)
+    for linear_name, entry in plan["linears"].items():
+        weight = original.get_submodule(linear_name).weight.data
+        decoded = torch.from_numpy(decoded_weight(stored, linear_name, entry))
+        # Far apart where rows, groups or planes were mixed up: random weights have a correlation of 0.
+        assert np.corrcoef(weight.flatten(), decoded.flatten())[0, 1] > 0.8, linear_name
+        weight.copy_(decoded)
+    ids = tiny.token_ids()
+    with torch.no_grad():
+        expected = original(ids).logits
+        loaded = LlmmpqForCausalLM.from_pretrained(str(out), dtype=torch.float32)
+        logits = loaded(ids).logits
+    assert torch.isfinite(logits).all()
+    assert (logits - expected).abs().max() <= 1e-4
+
+
+def _assert_kept_as_they_were(source: Path, out: Path) -> None:
+    before = {OTHER_NAMES.get(name, name): tensor for name, tensor in raw_tensors(source).items()}
+    after = {OTHER_NAMES.get(name, name): tensor for name, tensor in raw_tensors(out).items()}
+    packed = {
+        key
+        for name, entry in assert_plan_is_what_is_stored(out)["linears"].items()
+        for key in packed_names(name, symmetric=entry["symmetric"])
+    }
+    assert {name: tensor for name, tensor in after.items() if name not in packed} == {
+        name: tensor
+        for name, tensor in before.items()
+        if not any(f"{name.removesuffix('.weight')}.{key}" in packed for key in ("words",))
+    }
