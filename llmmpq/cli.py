@@ -25,6 +25,7 @@ from typer.main import get_command
 from llmmpq import __version__, tables
 from llmmpq.errors import LlmmpqError, RecipeError
 from llmmpq.flags import (
+    BUDGET,
     DECIDED_BY_A_PLAN,
     RECIPE_FLAGS,
     DeviceOption,

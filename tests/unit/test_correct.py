@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmmpq.measure.moments import Moment
-from llmmpq.quantize.correct import corrected_weight
+from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import factorize
 
 CPU = torch.device("cpu")
@@ -26,12 +26,16 @@ def moments(inputs, originals):
     return moment.means("here")
 
 
+def corrected(weight, cross, factor, *, share: float) -> torch.Tensor:
+    return corrected_weight(weight, correction_target(weight, cross), factor, share=share)
+
+
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_the_full_step_is_the_least_squares_solution(activation_order):
     weight, inputs, originals = problem()
     mean, cross = moments(inputs, originals)
     factor = factorize(mean, damping=1e-7, activation_order=activation_order)
-    found = corrected_weight(weight, cross, factor, share=1.0)
+    found = corrected(weight, cross, factor, share=1.0)
     # min over W' of |x W'^T - x0 W^T|
     expected = torch.linalg.lstsq(inputs.double(), originals.double() @ weight.double().t()).solution.t()
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
@@ -45,8 +49,8 @@ def test_a_share_goes_that_share_of_the_way(share):
     weight, inputs, originals = problem()
     mean, cross = moments(inputs, originals)
     factor = factorize(mean, damping=0.01, activation_order=True)
-    whole = corrected_weight(weight, cross, factor, share=1.0)
-    found = corrected_weight(weight, cross, factor, share=share)
+    whole = corrected(weight, cross, factor, share=1.0)
+    found = corrected(weight, cross, factor, share=share)
     torch.testing.assert_close(found, weight + share * (whole - weight), rtol=1e-5, atol=1e-5)
 
 
@@ -57,7 +61,7 @@ def test_damping_is_ridge_regression_around_the_original_weight():
     ridge = mean.double() + 0.5 * mean.diagonal().double().mean() * torch.eye(20, dtype=torch.float64)
     expected = weight.double() + weight.double() @ cross.double() @ torch.linalg.inv(ridge)
     torch.testing.assert_close(
-        corrected_weight(weight, cross, factor, share=1.0).double(), expected, rtol=1e-4, atol=1e-4
+        corrected(weight, cross, factor, share=1.0).double(), expected, rtol=1e-4, atol=1e-4
     )
 
 
@@ -65,7 +69,7 @@ def test_without_an_error_coming_in_nothing_changes():
     weight, inputs, _ = problem()
     mean, cross = moments(inputs, inputs)
     factor = factorize(mean, damping=0.01, activation_order=True)
-    assert torch.equal(corrected_weight(weight, cross, factor, share=1.0), weight)
+    assert torch.equal(corrected(weight, cross, factor, share=1.0), weight)
 
 
 def test_the_weight_is_left_as_it_was_and_the_result_is_float32():
@@ -74,7 +78,7 @@ def test_the_weight_is_left_as_it_was_and_the_result_is_float32():
     before = weight.clone()
     mean, cross = moments(inputs, originals)
     factor = factorize(mean, damping=0.01, activation_order=True)
-    found = corrected_weight(weight, cross, factor, share=0.5)
+    found = corrected(weight, cross, factor, share=0.5)
     assert found.dtype == torch.float32
     assert torch.equal(weight, before)
-    torch.testing.assert_close(found, corrected_weight(before.float(), cross, factor, share=0.5))
+    torch.testing.assert_close(found, corrected(before.float(), cross, factor, share=0.5))
