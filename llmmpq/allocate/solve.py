@@ -79,8 +79,8 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
     needed = -(-smallest * 8 * 1000 // num_weights) / 1000
     raise InfeasibleBudgetError(
         f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight "
-        f"({smallest:,} bytes); {binds}. Raise --avg-bits to {needed:.3f} or more, use larger groups"
-        f"{', or loosen the pins' if pinned else ''}."
+        f"({smallest:,} bytes); {binds}. Raise --avg-bits to {needed:.3f} or more, "
+        f"{'use larger groups, or loosen the pins' if pinned else 'or use larger groups'}."
     )
 
 

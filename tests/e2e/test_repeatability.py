@@ -27,7 +27,7 @@ from tests.e2e.running import (
     tiny_recipe,
 )
 
-NUM_BLOCKS = 3
+NUM_BLOCKS = 2
 # In the order in which a run takes them: each block measured, the measurement, each block quantized, the output.
 STEPS = [
     *[f"measured-block-{n}" for n in range(NUM_BLOCKS)],
@@ -39,7 +39,7 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+    return tiny.save("phi3", tmp_path_factory.mktemp("phi3"), dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,9 @@ def test_a_damaged_journal_is_done_anew(recipe: Recipe, reference: tuple[Path, P
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         quantize_model(recipe, out=out, progress=Recorder(interrupt_at=reference[2] - 20))
-    first, second, third = sorted((tmp_path / ".llmmpq-work").glob("*/quantize-*/block-*.safetensors"))
+    first, second = sorted((tmp_path / ".llmmpq-work").glob("*/quantize-*/block-*.safetensors"))
     first.write_bytes(first.read_bytes()[:-100])
     second.write_bytes(b"")
-    third.unlink()
     assert quantize_model(recipe, out=out)["resumed_blocks"] == 0
     assert digests(out) == digests(reference[0])
 
@@ -176,7 +175,7 @@ def test_a_second_budget_measures_nothing(recipe: Recipe, reference: tuple[Path,
     summary = quantize_model(changed, out=tmp_path / "out", work_dir=reference[1], progress=progress)
     assert "measure" not in progress.tasks
     assert "quantize" in progress.tasks
-    assert 4.0 < summary["plan"]["bits_per_weight"] <= 4.2
+    assert 3.9 < summary["plan"]["bits_per_weight"] <= 4.2
 
 
 def test_another_calibration_text_is_noticed_and_named(
