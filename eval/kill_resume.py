@@ -31,6 +31,8 @@ class Attempt(NamedTuple):
 
     killed_at_s: float
     found: str
+    measured_blocks: int  # in the journal when the process died
+    quantized_blocks: int
     resumed_blocks: int
     again_s: float
     problems: list[str]
@@ -55,8 +57,8 @@ def main() -> int:
     expected = _digests(folder / OUT)
     print(f"uninterrupted: {duration:.1f} s, {len(expected)} files\n", flush=True)
 
-    print("| run | killed after | output found | blocks resumed | second run | files |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| run | killed after | output found | blocks measured | quantized | resumed | second run | files |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     failed = []
     rng = random.Random(given.seed)
     for number in range(given.runs):
@@ -66,8 +68,8 @@ def main() -> int:
         attempt = _kill_and_continue(command, folder, expected, moment, limit_s=GRACE * duration)
         verdict = f"{len(expected)} equal" if not attempt.problems else "; ".join(attempt.problems)
         print(
-            f"| {number} | {attempt.killed_at_s:.1f} s | {attempt.found} | {attempt.resumed_blocks} "
-            f"| {attempt.again_s:.1f} s | {verdict} |",
+            f"| {number} | {attempt.killed_at_s:.1f} s | {attempt.found} | {attempt.measured_blocks} "
+            f"| {attempt.quantized_blocks} | {attempt.resumed_blocks} | {attempt.again_s:.1f} s | {verdict} |",
             flush=True,
         )
         if attempt.problems:
@@ -104,6 +106,9 @@ def _kill_and_continue(
         if _digests(folder / OUT) != expected:
             found = "INCOMPLETE"
             problems.append("an incomplete output stood in its final place")
+    measured, quantized = (
+        len(list(folder.glob(f".llmmpq-work/*/{stage}-*/block-*.safetensors"))) for stage in ("measure", "quantize")
+    )
     resumed, again = -1, 0.0
     try:
         again, summary = _finish(command, folder, limit_s=limit_s)
@@ -111,9 +116,19 @@ def _kill_and_continue(
     except RuntimeError as error:
         problems.append(str(error))
     else:
+        if resumed != quantized:
+            problems.append(f"{quantized} blocks were in the journal, {resumed} were taken from it")
         problems += _differences(expected, _digests(folder / OUT))
         problems += [f"{path.name} was left behind" for path in folder.iterdir() if path.name.startswith(f".{OUT}.")]
-    return Attempt(killed_at_s=killed_at, found=found, resumed_blocks=resumed, again_s=again, problems=problems)
+    return Attempt(
+        killed_at_s=killed_at,
+        found=found,
+        measured_blocks=measured,
+        quantized_blocks=quantized,
+        resumed_blocks=resumed,
+        again_s=again,
+        problems=problems,
+    )
 
 
 def _finish(command: list[str], folder: Path, *, limit_s: float | None) -> tuple[float, dict[str, int]]:

@@ -34,10 +34,12 @@ class Scheme:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.bits not in WIDTHS:
+        if type(self.bits) is not int or self.bits not in WIDTHS:
             raise CheckpointError(f"bits {self.bits!r} is not a stored width: use one of {WIDTHS}")
-        if not isinstance(self.group_size, int) or self.group_size < 1:
+        if type(self.group_size) is not int or self.group_size < 1:
             raise CheckpointError(f"group_size {self.group_size!r} must be a positive whole number")
+        if type(self.symmetric) is not bool:
+            raise CheckpointError(f"symmetric {self.symmetric!r} must be true or false")
         if self.scale_dtype != "float16":
             raise CheckpointError(f"scale_dtype {self.scale_dtype!r} is not known: layout 1 stores float16")
 
@@ -71,7 +73,7 @@ class Scheme:
             return cls(
                 bits=data["bits"],
                 group_size=data["group_size"],
-                symmetric=bool(data["symmetric"]),
+                symmetric=data["symmetric"],
                 scale_dtype=data.get("scale_dtype", "float16"),
             )
         except KeyError as error:

@@ -60,9 +60,7 @@ def test_damping_is_ridge_regression_around_the_original_weight():
     factor = factorize(mean, damping=0.5, activation_order=True)
     ridge = mean.double() + 0.5 * mean.diagonal().double().mean() * torch.eye(20, dtype=torch.float64)
     expected = weight.double() + weight.double() @ cross.double() @ torch.linalg.inv(ridge)
-    torch.testing.assert_close(
-        corrected(weight, cross, factor, share=1.0).double(), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(corrected(weight, cross, factor, share=1.0).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_an_error_coming_in_nothing_changes():

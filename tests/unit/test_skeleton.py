@@ -15,6 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.llama import modeling_llama
 
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from llmmpq.model.checkpoint import Checkpoint
@@ -299,8 +300,6 @@ def test_fewer_blocks_in_the_weights_than_in_the_config(llama):
 
 
 def test_a_linear_with_a_forward_of_its_own_is_refused(llama, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

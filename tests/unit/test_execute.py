@@ -1,0 +1,366 @@
+"""Plans carried out: resumed blocks change no bit, each setting does what it says, and fallbacks are named."""
+
+import pytest
+import torch
+
+from llmmpq.errors import CalibrationError
+from llmmpq.execute import ExecuteSettings, apply_result, fallbacks, quantize_block
+from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.skeleton import build_skeleton
+from llmmpq.model.stream import BlockStream
+from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.records import PackedTensor, Plan, PlannedLinear, Scheme
+from llmmpq.workdir import WorkDir
+from tests import tiny
+
+CPU = torch.device("cpu")
+WINDOWS = tiny.token_ids(5, 32)
+
+
+def settings_of(**changes) -> ExecuteSettings:
+    defaults = {
+        "use_gptq": True,
+        "damping": 0.01,
+        "activation_order": True,
+        "column_block": 64,
+        "sequential": True,
+        "correction": 0.5,
+    }
+    return ExecuteSettings(**(defaults | changes))
+
+
+VARIANTS = {
+    "corrected": settings_of(),
+    "sequential": settings_of(correction=0.0),
+    "not sequential": settings_of(sequential=False),
+    "rtn": settings_of(use_gptq=False),
+    "stored order": settings_of(activation_order=False, correction=1.0),
+}
+variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    known = {}
+
+    def open_(name: str = "llama"):
+        if name not in known:
+            folder = tiny.save(name, tmp_path_factory.mktemp(name))
+            checkpoint = Checkpoint.open(folder)
+            known[name] = build_skeleton(folder, checkpoint), checkpoint
+        return known[name]
+
+    return open_
+
+
+def plan_of(skeleton) -> Plan:
+    """Every width, and both kinds of scheme, somewhere in each block."""
+    schemes = [
+        Scheme(bits=bits, group_size=32, symmetric=symmetric) for bits in (3, 4, 2, 8) for symmetric in (False, True)
+    ]
+    return Plan(
+        linears={
+            spec.name: PlannedLinear(
+                shape=spec.shape, block=spec.block, role=spec.role, scheme=schemes[position % len(schemes)]
+            )
+            for position, spec in enumerate(skeleton.linears)
+        },
+        method="test",
+        budget={},
+    )
+
+
+def stream_of(opened, settings, *, dtype=torch.float32) -> BlockStream:
+    return BlockStream(*opened, WINDOWS, device=CPU, dtype=dtype, batch=2, follow_original=settings.follow_original)
+
+
+def run(opened, settings, *, dtype=torch.float32, known=None):
+    """States entering each block, the last block's output, and the results; `known` are blocks done before."""
+    plan, states, results = plan_of(opened[0]), [], []
+    for block in stream_of(opened, settings, dtype=dtype):
+        states.append(torch.cat(block.states))
+        if known is not None and block.index in known:
+            results.append(known[block.index])
+            if settings.sequential:
+                apply_result(block, known[block.index])
+        else:
+            results.append(quantize_block(block, plan, settings, on_linear=lambda _spec: None))
+        last = torch.cat(list(block.run()))
+    return [*states, last], results
+
+
+def assert_same_result(one, two) -> None:
+    assert one.notes == two.notes
+    assert list(one.packed) == list(two.packed)
+    for name, packed in one.packed.items():
+        for key, tensor in packed.tensors().items():
+            assert torch.equal(tensor, two.packed[name].tensors()[key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def in_one_go(opened):
+    """Runs of the llama without interruption, each made once."""
+    known = {}
+
+    def run_once(settings, dtype=torch.float32):
+        if (settings, dtype) not in known:
+            known[settings, dtype] = run(opened(), settings, dtype=dtype)
+        return known[settings, dtype]
+
+    return run_once
+
+
+RESUMED = [
+    ("corrected", {0}, torch.float32),
+    ("corrected", {0, 1, 2}, torch.float32),
+    ("corrected", {1}, torch.float32),
+    ("corrected", {0, 1}, torch.bfloat16),
+    *((name, {0, 1}, torch.float32) for name in VARIANTS),
+]
+
+
+@pytest.mark.parametrize(("name", "done", "dtype"), RESUMED)
+def test_a_resumed_run_is_bit_for_bit_the_run_in_one_go(opened, in_one_go, name, done, dtype):
+    settings = VARIANTS[name]
+    whole_states, whole = in_one_go(settings, dtype)
+    known = {index: whole[index] for index in done}
+    states, results = run(opened(), settings, dtype=dtype, known=known)
+    for one, two in zip(states, whole_states, strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(results, whole, strict=True):
+        assert_same_result(one, two)
+
+
+def test_a_resumed_run_through_the_work_folder(opened, in_one_go, tmp_path):
+    settings = VARIANTS["corrected"]
+    whole_states, whole = in_one_go(settings)
+    with WorkDir(tmp_path / "work") as work:
+        stage = work.stage("quantize", {})
+        for index, result in enumerate(whole[:2]):
+            flat = {f"{n}.{k}": t for n, packed in result.packed.items() for k, t in packed.tensors().items()}
+            stage.save_block(index, result.notes, flat)
+        known = {}
+        for index in range(2):
+            notes, tensors = stage.load_block(index)
+            packed = {
+                name: PackedTensor(
+                    words=tensors[f"{name}.words"],
+                    scales=tensors[f"{name}.scales"],
+                    zeros=tensors.get(f"{name}.zeros"),
+                    scheme=done.scheme,
+                    shape=done.shape,
+                )
+                for name, done in whole[index].packed.items()
+            }
+            known[index] = type(whole[index])(packed=packed, notes=notes)
+    states, results = run(opened(), settings, known=known)
+    assert all(torch.equal(one, two) for one, two in zip(states, whole_states, strict=True))
+    for one, two in zip(results, whole, strict=True):
+        assert_same_result(one, two)
+
+
+@variants
+def test_every_linear_gets_what_the_plan_says(opened, settings):
+    skeleton, _ = opened()
+    plan, seen = plan_of(skeleton), []
+    for block in stream_of(opened(), settings):
+        result = quantize_block(block, plan, settings, on_linear=lambda spec: seen.append(spec.name))
+        assert list(result.packed) == list(result.notes) == [spec.name for spec in block.linears]
+        for spec in block.linears:
+            packed = result.packed[spec.name]
+            assert (packed.scheme, packed.shape) == (plan.linears[spec.name].scheme, spec.shape)
+            assert result.notes[spec.name]["algorithm"] == ("gptq" if settings.use_gptq else "rtn")
+            assert "fallback" not in result.notes[spec.name]
+    assert sorted(seen) == sorted(plan.linears)
+    assert fallbacks([]) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+def test_sequential_leaves_the_quantized_weights_in_the_block(opened, name):
+    settings = settings_of()
+    for block in stream_of(opened(name), settings):
+        result = quantize_block(block, plan_of(opened(name)[0]), settings, on_linear=lambda _spec: None)
+        for spec in block.linears:
+            assert torch.equal(block.linear(spec).weight.data, dequantized(result.packed[spec.name], torch.float32))
+
+
+def test_not_sequential_every_layer_sees_the_original_model(opened, in_one_go):
+    settings = VARIANTS["not sequential"]
+    states, results = in_one_go(settings)
+    plain = []
+    for block in stream_of(opened(), settings_of(correction=0.0)):
+        plain.append(torch.cat(block.states))
+        before = {spec.name: block.linear(spec).weight.data.clone() for spec in block.linears}
+        quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
+        assert all(torch.equal(block.linear(spec).weight.data, before[spec.name]) for spec in block.linears)
+    assert all(torch.equal(one, two) for one, two in zip(states[:-1], plain, strict=True))
+    # With the original's inputs, a block does not depend on what was done to those before it.
+    for block in stream_of(opened(), settings_of(correction=0.0)):
+        if block.index == 2:
+            alone = quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
+    assert_same_result(alone, results[2])
+
+
+def test_sequential_layers_see_the_quantized_ones_before_them(opened):
+    """The second moment of down_proj is that of the input it has once all others of the block are quantized."""
+    settings = settings_of(correction=0.0)
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    down = next(spec for spec in block.linears if spec.role == "down_proj")
+
+    def energy() -> float:
+        return sum(float(inputs.double().square().sum()) for inputs, _ in block.inputs_of(down)) / WINDOWS.numel()
+
+    original = energy()
+    result = quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
+    assert result.notes[down.name]["input_energy"] == pytest.approx(energy(), rel=1e-4)
+    assert energy() != pytest.approx(original, rel=1e-3)
+    blocks.close()
+
+
+def test_rtn_rounds_the_original_weight(opened, in_one_go):
+    _, results = in_one_go(VARIANTS["rtn"])
+    plan, original = plan_of(opened()[0]), tiny.build("llama").state_dict()
+    for result in results:
+        for name, packed in result.packed.items():
+            weight = original[f"{name}.weight"]
+            scheme = plan.linears[name].scheme
+            ones = torch.ones(weight.shape[1])
+            plain = quantize_linear(weight, scheme, importance_K=ones, factor=None, column_block=1)
+            # Other energies move the grid a little, but no weight farther than a step or two.
+            step = packed.scales.float().abs().amax()
+            change = (dequantized(packed, torch.float32) - dequantized(plain.packed, torch.float32)).abs().max()
+            assert change <= 2 * step
+
+
+def test_each_refinement_pays(opened, in_one_go):
+    """Relative squared error of the last states against the unchanged model's, on the calibration text."""
+    plain = settings_of(correction=0.0)
+    expected = [torch.cat(list(block.run())) for block in stream_of(opened(), plain)][-1]
+    errors = {}
+    for name in ("rtn", "not sequential", "sequential", "corrected"):
+        _, results = in_one_go(VARIANTS[name])
+        for block in stream_of(opened(), plain):
+            apply_result(block, results[block.index])
+            found = torch.cat(list(block.run()))
+        errors[name] = float((found - expected).square().sum() / expected.square().sum())
+    assert errors["not sequential"] < errors["rtn"]
+    assert errors["sequential"] < errors["rtn"]
+    assert errors["corrected"] < errors["sequential"]
+
+
+def test_the_same_run_twice_is_the_same(opened):
+    one, two = (run(opened("qwen2"), VARIANTS["corrected"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+    for a, b in zip(one[1], two[1], strict=True):
+        assert_same_result(a, b)
+
+
+# Fallbacks
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_linear_that_never_runs_is_rounded_with_a_note(opened, monkeypatch, sequential):
+    settings = settings_of(sequential=sequential, correction=0.0)
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    lost = next(spec for spec in block.linears if spec.role == "up_proj")
+    groups = [[spec for spec in group if spec != lost] for group in block.input_groups()]
+    monkeypatch.setattr(block, "input_groups", lambda: groups)
+    original = block.linear(lost).weight.data.clone()
+    seen = []
+    plan = plan_of(opened()[0])
+    result = quantize_block(block, plan, settings, on_linear=lambda spec: seen.append(spec.name))
+    assert result.notes[lost.name] == {
+        "algorithm": "rtn",
+        "fallback": "no calibration token reached this layer",
+    }
+    assert sorted(seen) == sorted(spec.name for spec in block.linears)
+    assert list(result.packed) == [spec.name for spec in block.linears]
+    ones = torch.ones(lost.shape[1])
+    scheme = plan.linears[lost.name].scheme
+    expected = quantize_linear(original, scheme, importance_K=ones, factor=None, column_block=1).packed
+    assert torch.equal(result.packed[lost.name].words, expected.words)
+    weight = block.linear(lost).weight.data
+    assert torch.equal(weight, dequantized(expected, torch.float32) if sequential else original)
+    assert fallbacks(list(result.notes.items())) == [f"{lost.name}: no calibration token reached this layer"]
+    blocks.close()
+
+
+def test_a_moment_that_cannot_be_factored_is_a_fallback_with_a_note(opened, in_one_go, monkeypatch):
+    _, plain = in_one_go(VARIANTS["rtn"])
+    monkeypatch.setattr("llmmpq.execute.factorize", lambda *_args, **_options: None)
+    _, results = run(opened(), settings_of())
+    for found, expected in zip(results, plain, strict=True):
+        for name, note in found.notes.items():
+            assert note["algorithm"] == "rtn"
+            assert "could not be factored" in note["fallback"]
+            assert torch.equal(found.packed[name].words, expected.packed[name].words)
+        assert len(fallbacks(list(found.notes.items()))) == 7
+
+
+def test_dead_channels_and_the_damping_are_noted(opened):
+    settings = settings_of(correction=0.0)
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    up = next(spec for spec in block.linears if spec.role == "up_proj")
+    block.linear(up).weight.data[5] = 0  # silences channel 5 of down_proj
+    # 8 bits, at which a row of zeros stays one of zeros.
+    linears = {
+        name: PlannedLinear(
+            shape=linear.shape, block=linear.block, role=linear.role, scheme=Scheme(bits=8, group_size=32)
+        )
+        for name, linear in plan_of(opened()[0]).linears.items()
+    }
+    plan = Plan(linears=linears, method="test", budget={})
+    result = quantize_block(block, plan, settings, on_linear=lambda _spec: None)
+    notes = {name.rpartition(".")[2]: note for name, note in result.notes.items()}
+    assert notes["down_proj"]["dead_channels"] == 1
+    assert "dead_channels" not in notes["up_proj"]
+    assert notes["up_proj"]["damping"] == pytest.approx(0.01)
+    blocks.close()
+
+
+def test_bad_tokens_are_left_out_and_counted_in_the_notes(opened):
+    settings = settings_of(correction=0.0)
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    block.states[1][1, 30] = float("inf")
+    result = quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
+    counts = {name.rpartition(".")[2]: note.get("excluded_tokens") for name, note in result.notes.items()}
+    assert counts["q_proj"] == 1
+    # Attention multiplies what it masks by 0, and 0 * inf is NaN: the rest of that window is lost from there on.
+    assert counts["o_proj"] == counts["down_proj"] == 32
+    assert f"{block.linears[0].name}: 1 tokens with NaN or inf left out" in fallbacks(list(result.notes.items()))
+    assert all(torch.isfinite(packed.scales).all() for packed in result.packed.values())
+    blocks.close()
+
+
+def test_only_bad_tokens_is_an_error(opened):
+    settings = settings_of(correction=0.0)
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    for state in block.states:
+        state.fill_(float("nan"))
+    with pytest.raises(
+        CalibrationError, match=r"model\.layers\.0\.self_attn\.q_proj is NaN or infinite \(160 tokens\)"
+    ):
+        quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
+    blocks.close()
+
+
+def test_a_moment_that_overflows_still_gives_a_sane_matrix(opened):
+    """Finite activations whose squares are not: the moment fails to factor, and rounding must not use it either."""
+    settings = settings_of(correction=0.0)
+    blocks = iter(stream_of(opened("opt"), settings))
+    block = next(blocks)
+    first = block.linears[0]
+    original = block.linear(first).weight.data.clone()
+    inputs = [(torch.full((1, 4, first.shape[1]), 1e25), None)]
+    block.inputs_of = lambda _spec: iter(inputs)
+    block.input_groups = lambda: [[first]]
+    result = quantize_block(block, plan_of(opened("opt")[0]), settings, on_linear=lambda _spec: None)
+    assert "fallback" in result.notes[first.name]
+    error = (dequantized(result.packed[first.name], torch.float32) - original).square().sum()
+    assert error < 0.2 * original.square().sum()
+    blocks.close()
