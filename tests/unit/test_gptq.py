@@ -1,4 +1,4 @@
-"""GPTQ against its definition: the factor inverts, the loss is the true one, and rounding this way beats plain rounding."""
+"""GPTQ against its definition: the factor inverts, the loss is the true one, and plain rounding is beaten."""
 
 import pytest
 import torch

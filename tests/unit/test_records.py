@@ -184,5 +184,5 @@ def test_an_entry_with_a_wrong_value_is_named(key, value):
 def test_a_scheme_with_unknown_keys_of_a_later_layout_is_not_taken_for_this_one():
     data = plan_json()
     data["linears"]["up"]["scale_dtype"] = "float8"
-    with pytest.raises(CheckpointError, match="plan entry up.*scale_dtype"):
+    with pytest.raises(CheckpointError, match=r"plan entry up.*scale_dtype"):
         Plan.from_json(data)

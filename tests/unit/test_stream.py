@@ -114,10 +114,9 @@ def test_a_loop_that_is_left_early_frees_its_block(opened):
     blocks.close()
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     blocks = iter(stream_of(opened("llama")))
+    next(blocks)
     with pytest.raises(ZeroDivisionError):
-        for _ in blocks:
-            raise ZeroDivisionError
-    blocks.close()
+        blocks.throw(ZeroDivisionError)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
@@ -341,8 +340,7 @@ def test_a_linear_that_never_runs_is_in_no_group(toy):
 def test_a_block_that_narrows_its_states_is_refused(toy):
     _, stream = toy("narrows", TOY_WINDOWS)
     with pytest.raises(UnsupportedModelError, match=r"layers\.0 turned states of shape \[1, 4, 8\] into \[1, 4, 4\]"):
-        for block in stream:
-            list(block.run())
+        list(stream)
 
 
 def test_an_argument_that_depends_on_the_tokens_is_refused(toy):
