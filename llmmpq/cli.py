@@ -78,6 +78,10 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"{error.format_message().rstrip('.')}. See `{path} --help`.")
     except LlmmpqError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a name too long, a folder without permission: the machine's word, not a bug of ours
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED

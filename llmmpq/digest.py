@@ -34,13 +34,15 @@ def cached_digests(
         cache = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         cache = {}
+    if not isinstance(cache, dict):
+        cache = {}
     digests = {}
     for path in paths:
         real = path.resolve()
         status = real.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         known = cache.get(str(real))
-        if known is None or known[:3] != stamp:
+        if not isinstance(known, list) or known[:3] != stamp or len(known) != 4:
             cache[str(real)] = known = [*stamp, file_sha256(real, advance=advance)]
         else:
             advance(status.st_size)

@@ -30,6 +30,7 @@ DIGESTS_FILE = "digests.json"
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
+LONGEST_NAME = 200  # the longest file name that all usual file systems take is 255, and we add to it
 EDITED = "edited"  # the method of a plan that a person gave
 
 # Gives the stored tensors of one linear ("words", "scales", "zeros") when the writer reaches them.
@@ -63,16 +64,10 @@ def claim_output(
     A folder that is not ours is never touched. `plan` is the one given by hand; without it the plan follows from the
     recipe and the provenance.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"--out {out} exists and is not a folder: choose another")
+    refuse_output(out)
     if not out.exists() or not any(out.iterdir()):
         return False
-    if not (out / PLAN_FILE).is_file() or not (out / DIGESTS_FILE).is_file():
-        raise CheckpointError(
-            f"--out {out} holds something else than a quantized model ({sorted(p.name for p in out.iterdir())[0]!r}, "
-            "...): it is left alone. Choose another --out."
-        )
-    same = _is_same_run(out, recipe_yaml, provenance, plan)
+    same = not _differences(out, recipe_yaml, provenance, plan)
     problems = verify_digests(out) if same else []
     if same and not problems:
         return True
@@ -81,22 +76,50 @@ def claim_output(
     if problems:
         raise CheckpointError(f"--out {out} was finished but is damaged ({problems[0]}): redo it with --overwrite")
     raise CheckpointError(
-        f"--out {out} already holds a quantized model made from other inputs. Choose another --out, or replace it "
-        "with --overwrite."
+        f"--out {out} already holds a quantized model made from other inputs "
+        f"({', '.join(_differences(out, recipe_yaml, provenance, plan))}). Choose another --out, or replace it with "
+        "--overwrite."
     )
 
 
-def _is_same_run(out: Path, recipe_yaml: str, provenance: Mapping[str, Any], plan: Plan | None) -> bool:
+def refuse_output(out: Path) -> None:
+    """An error when `out` can never become the output, whatever the recipe."""
+    if len(out.name.encode()) > LONGEST_NAME:
+        raise CheckpointError(
+            f"--out: the name {out.name[:40]!r}... has over {LONGEST_NAME} bytes: choose a shorter one"
+        )
+    if out.resolve() == Path.cwd().resolve():
+        raise CheckpointError("--out is the current folder, which cannot be replaced: name a folder in it")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"--out {out} exists and is not a folder: choose another")
+    _refuse_foreign(out)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / PLAN_FILE).is_file() or not (out / DIGESTS_FILE).is_file():
+        raise CheckpointError(
+            f"--out {out} holds something else than a quantized model ({sorted(p.name for p in out.iterdir())[0]!r}, "
+            "...): it is left alone. Choose another --out."
+        )
+
+
+def _differences(out: Path, recipe_yaml: str, provenance: Mapping[str, Any], plan: Plan | None) -> list[str]:
+    """What sets the run that made `out` apart from this one; empty when they are the same run."""
     try:
         stored = read_plan(out / PLAN_FILE)
         recipe = (out / RECIPE_FILE).read_text(encoding="utf-8")
-    except (OSError, CheckpointError):
-        return False
-    if recipe != recipe_yaml or dict(stored.provenance) != dict(provenance):
-        return False
-    if plan is None:
-        return stored.method != EDITED
-    return stored.method == EDITED and dict(stored.linears) == dict(plan.linears)
+    except (OSError, UnicodeDecodeError, CheckpointError):
+        return ["its plan or recipe cannot be read"]
+    known = dict(stored.provenance)
+    different = [key.replace("_", " ") for key in provenance if known.get(key) != provenance[key]]
+    if recipe != recipe_yaml:
+        different.append("recipe")
+    by_hand = stored.method == EDITED
+    if by_hand != (plan is not None) or (plan is not None and dict(stored.linears) != dict(plan.linears)):
+        different.append("plan")
+    return different
 
 
 def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]) -> int:
@@ -134,15 +157,20 @@ def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]
 
 
 def _move_into_place(unfinished: Path, out: Path) -> None:
+    retired = out.parent / f".{out.name}.replaced"
     if out.exists():
-        # rename cannot replace a folder that holds files; the old model goes only when the new one is complete.
-        retired = out.parent / f".{out.name}.replaced"
+        # Looked at again: hours may have passed since the run began.
+        _refuse_foreign(out)
         shutil.rmtree(retired, ignore_errors=True)
+        # rename cannot replace a folder that holds files; the old model goes only when the new one is in its place.
         out.rename(retired)
+    try:
         unfinished.rename(out)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        unfinished.rename(out)
+    except OSError:
+        if retired.exists():
+            retired.rename(out)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _output_tensors(spec: OutputSpec) -> list[OutputTensor]:
@@ -182,9 +210,9 @@ def _json(value: Any) -> str:
 def verify_digests(folder: Path) -> list[str]:
     """What differs from digests.json: nothing, in an intact folder."""
     try:
-        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{DIGESTS_FILE} cannot be read: {error}"]
+        digests = _read_object(folder / DIGESTS_FILE)
+    except CheckpointError as error:
+        return [str(error)]
     problems = []
     for name, digest in digests.items():
         path = folder / name
@@ -206,7 +234,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     if not (folder / PLAN_FILE).is_file():
         raise CheckpointError(f"{folder} has no {PLAN_FILE}: not a model quantized by llmmpq")
     plan = read_plan(folder / PLAN_FILE)
-    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    report = _read_report(folder / REPORT_FILE)
     checkpoint = Checkpoint.open(folder)
     problems = verify_digests(folder)
     quantized_nbytes, expected_names = 0, set()
@@ -252,12 +280,26 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
 
 def read_plan(path: Path) -> Plan:
     try:
+        return Plan.from_json(_read_object(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = _read_object(path)
+    for key in ("fallbacks", "warnings", "kept"):
+        if not isinstance(report.get(key), list):
+            raise CheckpointError(f"{path} lacks the list {key!r}: it is not the file that was written")
+    return report
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read the plan {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"the plan {path} is not JSON: {error}") from None
-    try:
-        return Plan.from_json(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object")
+    return data

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llmmpq import __version__
 from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.solve import check_feasible, solve, to_plan, uniform
 from llmmpq.digest import cached_digests, digest_of
-from llmmpq.errors import CheckpointError
+from llmmpq.errors import CheckpointError, LlmmpqError
 from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.measure.block_loss import MeasureSettings, measure_block
@@ -102,6 +103,11 @@ def make_plans(
     session = open_session(recipe)
     for bits in budgets:
         check_budget(session, avg_bits=bits)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
     with _Work(session, out or Path.cwd() / "plans", work_dir, progress) as (work, model_digests):
         windows = _tokens(session, progress)
         session = _with_resolved_source(session, windows)
@@ -113,9 +119,8 @@ def make_plans(
             for bits in budgets
         ]
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for bits, plan in zip(budgets, plans, strict=True):
-            write_plan(out / f"plan-{bits:g}.json", plan)
+            write_plan(out / f"plan-{bits:.10g}.json", plan)
     return plans
 
 
@@ -150,7 +155,9 @@ def _measure(
     _name_changes(stage, "measurement", progress)
     result = stage.load_result()
     if result is not None:
-        return Sensitivity.from_json(result)
+        # A result that cannot be understood is made again, like one that is missing.
+        with suppress(KeyError, TypeError, AttributeError, LlmmpqError):
+            return Sensitivity.from_json(result)
     settings = MeasureSettings(
         use_gptq=recipe.measurement.quantizer == "gptq",
         damping=recipe.quantizer.damping,
@@ -282,7 +289,10 @@ class _Work:
             raise CheckpointError(f"cannot use the work folder {root}: {error.strerror}. Give --work-dir.") from None
         files = session.source_files()
         with progress.task("hash the model's files", sum(path.stat().st_size for path in files), "bytes") as advance:
-            self.model_digests = cached_digests(files, root / "file-hashes.json", advance=advance)
+            try:
+                self.model_digests = cached_digests(files, root / "file-hashes.json", advance=advance)
+            except OSError as error:
+                raise CheckpointError(f"cannot write in the work folder {root}: {error.strerror}") from None
         name = Path(session.recipe.model or "model").name
         self.work = WorkDir(root / f"{name}-{digest_of(self.model_digests)[:12]}")
 

@@ -12,7 +12,7 @@ from llmmpq.allocate.solve import check_feasible
 from llmmpq.errors import RecipeError
 from llmmpq.model.checkpoint import write_text
 from llmmpq.output import EDITED, read_plan
-from llmmpq.records import Plan, Sensitivity
+from llmmpq.records import Plan, PlannedLinear, Sensitivity
 from llmmpq.session import Session
 
 
@@ -56,15 +56,19 @@ def unmeasured_problem(session: Session) -> Problem:
 
 def plan_from_file(path: Path, session: Session) -> Plan:
     plan = read_plan(path)
-    shapes = {spec.name: spec.shape for spec in session.skeleton.linears}
-    unknown, absent = sorted(set(plan.linears) - set(shapes)), sorted(set(shapes) - set(plan.linears))
+    specs = {spec.name: spec for spec in session.skeleton.linears}
+    unknown, absent = sorted(set(plan.linears) - set(specs)), sorted(set(specs) - set(plan.linears))
     if unknown or absent:
         what = f"names {unknown[0]!r}, which the model lacks" if unknown else f"says nothing of {absent[0]!r}"
         raise RecipeError(f"{path} {what}: a plan must name every quantized linear of this model, and no other")
     for name, linear in plan.linears.items():
-        if linear.shape != shapes[name]:
-            raise RecipeError(f"{path}: {name} has shape {list(linear.shape)}, in the model {list(shapes[name])}")
-    ordered = {name: plan.linears[name] for name in shapes}
+        if linear.shape != specs[name].shape:
+            raise RecipeError(f"{path}: {name} has shape {list(linear.shape)}, in the model {list(specs[name].shape)}")
+    # Only the schemes are a person's to change: where a linear lies is known from the model.
+    ordered = {
+        name: PlannedLinear(shape=spec.shape, block=spec.block, role=spec.role, scheme=plan.linears[name].scheme)
+        for name, spec in specs.items()
+    }
     budget = {"kind": "plan", "value": plan.bits_per_weight, "nbytes": plan.nbytes}
     return Plan(linears=ordered, method=EDITED, budget=budget)
 

@@ -19,6 +19,7 @@ import torch
 from llmmpq.allocate.budget import describe
 from llmmpq.allocate.problem import Problem
 from llmmpq.errors import CheckpointError
+from llmmpq.output import refuse_output
 from llmmpq.planning import budget_of
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
@@ -46,6 +47,11 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
     problems = []
+    if out is not None:
+        try:
+            refuse_output(out)
+        except CheckpointError as error:
+            problems.append(str(error))
     if nbytes < problem.smallest_nbytes:
         needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
         problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")

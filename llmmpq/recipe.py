@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from llmmpq.errors import RecipeError
+from llmmpq.records import LARGEST_GROUP
 
 DEFAULT_AVG_BITS = 3.5
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -53,6 +54,8 @@ def _is_size(text: str) -> bool:
 
 NonEmpty = Annotated[str, Rule("that is not empty", lambda text: bool(text.strip()))]
 Positive = Annotated[int, Rule("of at least 1", lambda number: number >= 1)]
+GroupSize = Annotated[int, Rule(f"from 1 to {LARGEST_GROUP}", lambda number: 1 <= number <= LARGEST_GROUP)]
+Threads = Annotated[int, Rule("from 1 to 1024", lambda number: 1 <= number <= 1024)]
 Window = Annotated[int, Rule("of at least 2", lambda number: number >= 2)]  # one token to read, one to predict
 Seed = Annotated[int, Rule("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]  # what torch's generator takes
 Size = Annotated[str, Rule("such as 5GB, 4.5GiB, 200MB or 1000000", _is_size)]
@@ -114,7 +117,7 @@ class Allocation(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(_Checked):
     algorithm: Algorithm = "gptq"
-    group_size: Positive = 64
+    group_size: GroupSize = 64
     symmetric: bool = False
     damping: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.01
     activation_order: bool = True
@@ -145,7 +148,7 @@ class Run(_Checked):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activations: Literal["device", "host"] = "device"
     batch: Positive = 1  # sequences per forward
-    threads: Positive | None = None
+    threads: Threads | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

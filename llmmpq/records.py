@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 3, 4, 8)
 LAYOUT_VERSION = 1
+LARGEST_GROUP = 2**20  # wider than any layer: from there on a row is one group
 # 32 codes of b bits fill exactly b 32-bit words, for every width: the unit in which rows are padded.
 CODES_PER_CHUNK = 32
 DTYPE_NBYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -36,8 +37,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in WIDTHS:
             raise CheckpointError(f"bits {self.bits!r} is not a stored width: use one of {WIDTHS}")
-        if type(self.group_size) is not int or self.group_size < 1:
-            raise CheckpointError(f"group_size {self.group_size!r} must be a positive whole number")
+        if type(self.group_size) is not int or not 1 <= self.group_size <= LARGEST_GROUP:
+            raise CheckpointError(f"group_size {self.group_size!r} must be a whole number from 1 to {LARGEST_GROUP}")
         if type(self.symmetric) is not bool:
             raise CheckpointError(f"symmetric {self.symmetric!r} must be true or false")
         if self.scale_dtype != "float16":
@@ -185,7 +186,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, kinds in (("method", str), ("budget", Mapping), ("provenance", Mapping)):
-            if not isinstance(getattr(self, name), kinds):  # type: ignore[arg-type]
+            if not isinstance(getattr(self, name), kinds):
                 raise CheckpointError(f"the plan's {name!r} is {getattr(self, name)!r}, expected {kinds.__name__}")
         for name in ("predicted_loss", "optimality_gap"):
             value = getattr(self, name)

@@ -105,7 +105,7 @@ def open_session(recipe: Recipe) -> Session:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer file makes transformers raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
     return tokenizer
@@ -118,6 +118,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"run.device {name!r} is no device torch knows; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"run.device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise RecipeError(f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
     return device

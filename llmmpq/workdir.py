@@ -9,6 +9,7 @@ drops it when a process dies.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -63,9 +64,12 @@ class Stage:
         self.digest = digest_of(inputs)
         self.folder = work / f"{name}-{self.digest[:16]}"
         self.changed: list[str] = []
-        if not self.folder.exists():
+        if not (self.folder / "inputs.json").is_file():
             self.changed = self._differences(work, name, inputs)
-            self.folder.mkdir(parents=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _no_room(self.folder, error) from None
             _write(self.folder / "inputs.json", json.dumps(inputs, indent=1, sort_keys=True).encode())
 
     @staticmethod
@@ -77,15 +81,18 @@ class Stage:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 continue
+            if not isinstance(earlier, dict):
+                continue
             return sorted(key for key in earlier.keys() | inputs.keys() if earlier.get(key) != inputs.get(key))
         return []
 
     def load_result(self) -> dict[str, Any] | None:
-        path = self.folder / "result.json"
-        if not path.is_file():
+        """None when there is none, or one that cannot be read: it is then made again."""
+        try:
+            loaded = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return loaded
+        return loaded if isinstance(loaded, dict) else None
 
     def save_result(self, result: Mapping[str, Any]) -> None:
         _write(self.folder / "result.json", json.dumps(result).encode())
@@ -100,19 +107,23 @@ class Stage:
             return None
         try:
             with safe_open(str(path), framework="pt", device="cpu") as stored:
-                notes = json.loads(stored.metadata()["notes"])
+                metadata = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, TypeError):
+        except SafetensorError:
+            metadata, tensors = {}, {}
+        if metadata.get("digest") != _block_digest(metadata.get("notes", ""), tensors):
             path.unlink()
             return None
-        return notes, tensors
+        return json.loads(metadata["notes"]), tensors
 
     def save_block(self, index: int, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         path = self.block_file(index)
         partial = path.with_suffix(".partial")
+        stored = {name: tensor.cpu() for name, tensor in tensors.items()}
+        text = json.dumps(notes)
         try:
             # safetensors writes the file itself; the sync makes the rename mean what it says.
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial, {"notes": json.dumps(notes)})
+            save_file(stored, partial, {"notes": text, "digest": _block_digest(text, stored)})
             with partial.open("rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(path)
@@ -122,6 +133,15 @@ class Stage:
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _block_digest(notes: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Over every byte: a bit that flips in the journal must not reach the model."""
+    hasher = hashlib.sha256(notes.encode())
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -27,6 +27,10 @@ def generate_text(
         raise RecipeError(f"--max-new-tokens is {max_new_tokens}; allowed: a whole number of at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise RecipeError(f"--temperature is {temperature}; allowed: 0 (always the likeliest token) or more")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"the prompt {prompt!r} is not valid text (UTF-8)") from None
     encoded = tokenizer(prompt, return_tensors="pt", verbose=False)
     ids, mask = encoded["input_ids"].long(), encoded["attention_mask"]
     if ids.shape[1] == 0:  # a tokenizer without a start token makes nothing of an empty prompt

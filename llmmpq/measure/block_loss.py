@@ -22,6 +22,9 @@ from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import dequantized, quantize_linear
 from llmmpq.records import Scheme
 
+# The loss of an option that turns finite outputs into NaN or inf: far above any real one, yet a number.
+NON_FINITE_LOSS = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
@@ -97,12 +100,16 @@ def _num_probe_batches(block: Block, num_tokens: int) -> int:
 
 
 def _relative_error(block: Block, reference: list[torch.Tensor]) -> float:
-    total, count = 0.0, 0
+    total, count, num_broken = 0.0, 0, 0
     for expected, output in zip(reference, block.run(block.states[: len(reference)]), strict=True):
         expected = expected.float()
         change = (output.float() - expected).square().sum(-1)
         ratio = change / expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        finite = torch.isfinite(ratio)
+        known = torch.isfinite(expected).all(-1)
+        finite = torch.isfinite(ratio) & known
         total += float(ratio[finite].double().sum())
         count += int(finite.sum())
+        num_broken += int((known & ~finite).sum())
+    if num_broken:
+        return NON_FINITE_LOSS
     return total / max(count, 1)

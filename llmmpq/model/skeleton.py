@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
-from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
 from llmmpq.records import LinearSpec
 
 # Linears that other runtimes run as one kernel and that must then agree in format. Names of roles, not of models.
@@ -85,26 +85,33 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] 
 
 
 def _meta_model(folder: Path) -> PreTrainedModel:
+    # transformers answers a damaged config with any kind of exception: whatever it is, the config is at fault.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
         raise UnsupportedModelError(
-            f"{folder / 'config.json'} describes no model that this transformers knows: {reason} "
+            f"{folder / 'config.json'} describes no model that this transformers knows: {_first_line(error)} "
             "(models that bring their own code are not run; trust_remote_code is off)"
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(f"{folder} is already quantized ({method}): start from its 16-bit original")
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{folder} is not a causal language model: {reason[:200]}") from None
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} gives no causal language model: {_first_line(error)}"
+        ) from None
     model.eval()
     _fill_computed_buffers(model)
     return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
 
 
 def _fill_computed_buffers(model: PreTrainedModel) -> None:
@@ -160,6 +167,11 @@ def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[s
             raise CheckpointError(
                 f"tensor {stored!r} has shape {list(checkpoint.entries[stored].shape)}, but config.json asks for "
                 f"{list(wanted[name].shape)}: config and weights are not of one model"
+            )
+        elif wanted[name].is_floating_point() and not TORCH_DTYPES[checkpoint.entries[stored].dtype].is_floating_point:
+            raise CheckpointError(
+                f"tensor {stored!r} is stored as {checkpoint.entries[stored].dtype}, but must be floating point "
+                "(F16, BF16 or F32): start from the 16-bit original"
             )
         else:
             stored_names[name] = stored

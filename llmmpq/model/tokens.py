@@ -178,6 +178,12 @@ def _pack(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Iterable[str]], *,
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"the text holds half of a surrogate pair ({text[error.start]!r}): it was cut or escaped wrongly"
+        ) from None
     # verbose: a long document would be reported as too long for the model, before we cut it.
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
