@@ -85,11 +85,9 @@ def claim_output(
 def refuse_output(out: Path) -> None:
     """An error when `out` can never become the output, whatever the recipe."""
     if len(out.name.encode()) > LONGEST_NAME:
-        raise CheckpointError(
-            f"--out: the name {out.name[:40]!r}... has over {LONGEST_NAME} bytes: choose a shorter one"
-        )
+        raise CheckpointError(f"--out {out.name[:40]}...: name too long (over {LONGEST_NAME} bytes)")
     if out.resolve() == Path.cwd().resolve():
-        raise CheckpointError("--out is the current folder, which cannot be replaced: name a folder in it")
+        raise CheckpointError(f"--out {out} is the current folder, which cannot be replaced: name a folder in it")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"--out {out} exists and is not a folder: choose another")
     _refuse_foreign(out)

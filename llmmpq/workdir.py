@@ -140,7 +140,8 @@ def _block_digest(notes: str, tensors: Mapping[str, torch.Tensor]) -> str:
     hasher = hashlib.sha256(notes.encode())
     for name in sorted(tensors):
         hasher.update(name.encode())
-        hasher.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+        hasher.update(memoryview(flat.numpy()))  # type: ignore[arg-type]
     return hasher.hexdigest()
 
 

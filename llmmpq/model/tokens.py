@@ -178,12 +178,6 @@ def _pack(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Iterable[str]], *,
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"the text holds half of a surrogate pair ({text[error.start]!r}): it was cut or escaped wrongly"
-        ) from None
     # verbose: a long document would be reported as too long for the model, before we cut it.
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
@@ -269,6 +263,10 @@ def _field(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str | None):
         raise CalibrationError(f"{where}: {key!r} holds {type(value).__name__}; allowed: text")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{where}: {key!r} holds half of a surrogate pair (at {error.start})") from None
     return value or ""
 
 
