@@ -119,7 +119,7 @@ def sensitivities(draw) -> Sensitivity:
             )
     group_size = draw(st.integers(1, 50))
     options = {spec.name: tuple(Scheme(bits=bits, group_size=group_size) for bits in WIDTHS) for spec in specs}
-    loss = st.one_of(st.just(0.0), st.floats(1e-9, 10.0))
+    loss = st.one_of(st.integers(0, 20).map(lambda tenths: tenths / 10), st.floats(1e-9, 10.0))
     losses = {spec.name: tuple(draw(st.lists(loss, min_size=4, max_size=4))) for spec in specs}
     return Sensitivity(linears=tuple(specs), options=options, losses=losses, num_tokens=1, digest="")
 

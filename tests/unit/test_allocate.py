@@ -138,6 +138,13 @@ def test_options_that_cost_more_and_lose_no_less_are_dropped():
     assert unit.losses == (0.5, 0.1)
 
 
+def test_options_that_lose_only_a_little_less_are_kept():
+    specs = specs_of(1)[:1]
+    losses = {specs[0].name: (0.5, 0.4999, 0.4998, 0.4997)}
+    (unit,) = build_problem(sensitivity_of(specs, losses=losses), pins={}, fuse=False).units
+    assert unit.losses == losses[specs[0].name]
+
+
 def test_a_linear_that_loses_nothing_takes_the_smallest_width():
     specs = specs_of(1)
     sensitivity = sensitivity_of(specs)
@@ -333,6 +340,13 @@ def test_a_time_limit_still_gives_a_plan_within_the_budget_and_its_gap():
     budget = (problem.smallest_nbytes + problem.largest_nbytes) // 2
     hurried = solve(problem, budget, time_limit_s=1e-6)
     assert hurried.nbytes <= budget
+    # Polished: no single step up fits any more.
+    assert not any(
+        unit.losses[option] < unit.losses[chosen]
+        and hurried.nbytes - unit.nbytes[chosen] + unit.nbytes[option] <= budget
+        for unit, chosen in zip(problem.units, hurried.choice, strict=True)
+        for option in range(4)
+    )
     assert hurried.gap >= 0
     proven = solve(problem, budget, time_limit_s=10.0)
     assert proven.loss <= hurried.loss

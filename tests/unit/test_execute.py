@@ -5,9 +5,11 @@ import torch
 
 from llmmpq.errors import CalibrationError
 from llmmpq.execute import ExecuteSettings, apply_result, fallbacks, quantize_block
+from llmmpq.measure.moments import Moment
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import BlockStream
+from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import dequantized, quantize_linear
 from llmmpq.records import PackedTensor, Plan, PlannedLinear, Scheme
 from llmmpq.workdir import WorkDir
@@ -199,6 +201,28 @@ def test_not_sequential_every_layer_sees_the_original_model(opened, in_one_go):
         if block.index == 2:
             alone = quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None)
     assert_same_result(alone, results[2])
+
+
+def test_each_layer_is_gptq_on_its_own_weight_and_moment(opened, in_one_go):
+    _, results = in_one_go(VARIANTS["not sequential"])
+    plan = plan_of(opened()[0])
+    for block in stream_of(opened(), settings_of(correction=0.0)):
+        for spec in block.linears:
+            moment = Moment(spec.shape[1], device=CPU)
+            for inputs, _ in block.inputs_of(spec):
+                moment.add(inputs)
+            mean, _ = moment.means(spec.name)
+            expected = quantize_linear(
+                block.linear(spec).weight.data,
+                plan.linears[spec.name].scheme,
+                importance_K=mean.diagonal(),
+                factor=factorize(mean, damping=0.01, activation_order=True),
+                column_block=64,
+            ).packed
+            for key, tensor in expected.tensors().items():
+                assert torch.equal(results[block.index].packed[spec.name].tensors()[key], tensor)
+            energy = float(mean.diagonal().double().sum())
+            assert results[block.index].notes[spec.name]["input_energy"] == pytest.approx(energy, rel=1e-6)
 
 
 def test_sequential_layers_see_the_quantized_ones_before_them(opened):

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -19,7 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from llmmpq.model.checkpoint import Checkpoint
-from llmmpq.model.skeleton import build_skeleton
+from llmmpq.model.skeleton import _find_blocks, build_skeleton
 from tests import tiny
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -79,6 +81,32 @@ def test_every_linear_of_every_block_is_found_once(folders, name):
         assert [spec.name for spec in of_block] == [n for n in expected if n.startswith(block_name + ".")]
         assert all(spec.name.endswith(f".{spec.role}") for spec in of_block)
     assert skeleton.widest_in_features == max(shape[1] for shape, _ in expected.values())
+
+
+def test_a_block_does_not_hold_the_tensors_of_others_whose_number_begins_alike(tmp_path):
+    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    skeleton = skeleton_of(tmp_path)
+    names = [skeleton.block_tensors(index) for index in range(12)]
+    assert [len(of_block) for of_block in names] == [9] * 12
+    assert all(name.startswith(f"model.layers.{index}.") for index in range(12) for name in names[index])
+
+
+def test_blocks_are_the_list_that_holds_most_of_the_weights():
+    model = nn.Module()
+    model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model.decoder = nn.Module()
+    model.decoder.layers = nn.ModuleList(
+        nn.ModuleDict({"heads": nn.ModuleList(nn.Linear(8, 4) for _ in range(5)), "out": nn.Linear(4, 8)})
+        for _ in range(2)
+    )
+    model.tail = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+    assert _find_blocks(model) == ("decoder.layers.0", "decoder.layers.1")
+
+
+def test_a_model_without_a_list_of_blocks():
+    with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
+        _find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -250,7 +278,7 @@ def test_code_that_comes_with_a_model_is_never_run(llama):
 
 def test_a_model_that_is_no_decoder(llama):
     edit_config(llama, model_type="vit", architectures=["ViTModel"], num_attention_heads=4, hidden_size=64)
-    with pytest.raises(UnsupportedModelError, match="not a causal language model"):
+    with pytest.raises(UnsupportedModelError, match="causal language model"):
         skeleton_of(llama)
 
 

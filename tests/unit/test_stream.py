@@ -130,6 +130,11 @@ def test_weights_of_a_passed_block_are_not_held(opened):
     assert len(weak) > 7
 
 
+def test_a_block_that_is_kept_does_not_keep_its_weights(opened):
+    for block in list(stream_of(opened("llama"))):
+        assert block.original_weights == {}
+
+
 def test_a_change_of_weights_is_seen_by_the_next_block(opened):
     states = {}
     for block in stream_of(opened("llama")):
@@ -354,7 +359,7 @@ def test_a_model_that_changes_the_states_between_blocks_is_refused(toy, kind):
     """Streamed as if nothing happened between blocks, its states would be wrong."""
     _, stream = toy(kind, TOY_WINDOWS)
     with pytest.raises(UnsupportedModelError):
-        list(stream)
+        next(iter(stream))
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
