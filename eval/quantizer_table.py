@@ -1,9 +1,11 @@
 """Round-to-nearest against GPTQ variants at uniform widths, and additive plans against uniform ones.
 
-    python eval/quantizer_table.py [--model demo] [--text FILE] [--window 512] [--max-windows 128] [--csv OUT]
+    python eval/quantizer_table.py [--model demo] [--text FILE] [--window 512] [--max-windows 96] [--seeds 3]
+                                   [--only uniform|average] [--variants GLOB] [--bits 2,3,4] [--csv OUT]
 
-Prints the extra NLL (nats per token, quantized minus original) of each variant on text it was not calibrated on.
-Every row is a full run through the pipeline: quantize, write, load, evaluate.
+Prints, for each variant, the mean over calibration seeds of two figures on text it was not calibrated on: the extra
+NLL (nats per token, quantized minus original) and the KL divergence of the next-token distribution from the
+original's. KL is the less noisy judge. Every run goes through the whole pipeline: quantize, write, load, evaluate.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 import transformers
 
 from llmmpq import pipeline
@@ -33,6 +37,7 @@ UNIFORM = {
     "  the default, groups of 128": {"quantizer.group_size": 128},
 }
 AVERAGES = (2.5, 2.75, 3.0, 3.296875, 3.5, 4.0)
+KL_WINDOWS = 24  # the original's log-probabilities of these are kept in memory
 
 
 def main() -> None:
@@ -41,8 +46,11 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--text", help="a text file; without it the packaged held-out text")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--max-windows", type=int, default=128)
+    parser.add_argument("--max-windows", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=1, help="how many calibration seeds to average over")
     parser.add_argument("--only", choices=("uniform", "average"), help="one half of the table")
+    parser.add_argument("--variants", default="*", help="a pattern on the names of the uniform variants")
+    parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -50,28 +58,27 @@ def main() -> None:
     folder, original = pipeline.load_model(args.model)
     text = packaged_text("heldout.txt") if args.text is None else read_text(args.text)
     windows = evaluation_windows(load_tokenizer(folder), text, args.window)[: args.max_windows]
-
-    def nll(model: transformers.PreTrainedModel) -> float:
-        return token_nll(model, windows, batch=4, advance=lambda num: None).nll
-
-    reference = nll(original)
-    print(f"{args.model}: {windows.numel()} tokens, windows of {args.window}, original NLL {reference:.4f}")
+    judge = Judge(original, windows)
+    print(f"{args.model}: {windows.numel()} tokens, windows of {args.window}, original NLL {judge.nll:.4f}")
     rows: list[dict[str, object]] = []
-
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(name: str, overrides: dict[str, object]) -> None:
-            recipe = load_recipe(args.recipe).override({"model": args.model, **overrides})
-            result = pipeline.quantize_model(recipe, out=Path(scratch) / f"run-{len(rows)}")
-            extra = nll(pipeline.load_model(result["out"])[1]) - reference
+            figures = []
+            for seed in range(args.seeds):
+                recipe = load_recipe(args.recipe).override({"model": args.model, "calibration.seed": seed, **overrides})
+                result = pipeline.quantize_model(recipe, out=Path(scratch) / f"run-{len(rows)}-{seed}")
+                figures.append(judge(pipeline.load_model(result["out"])[1]))
             bits = result["plan"]["bits_per_weight"]
-            rows.append({"variant": name, "true_bits": bits, "extra_nll": extra, "seconds": result["seconds"]})
-            print(f"{name:42s} {bits:6.3f} true bits  extra NLL {extra:.4f}  {result['seconds']:.0f} s", flush=True)
+            extra, divergence = (sum(column) / len(figures) for column in zip(*figures, strict=True))
+            rows.append({"variant": name, "true_bits": bits, "seeds": args.seeds, "extra_nll": extra, "kl": divergence})
+            print(f"{name:46s} {bits:6.3f} true bits  extra NLL {extra:.4f}  KL {divergence:.4f}", flush=True)
 
         if args.only != "average":
             for name, overrides in UNIFORM.items():
-                for bits in (2, 3, 4):
-                    run(f"{bits} bits, {name}", {"budget.bits": bits, **overrides})
+                if fnmatchcase(name, args.variants):
+                    for bits in map(int, args.bits.split(",")):
+                        run(f"{bits} bits, {name}", {"budget.bits": bits, **overrides})
         if args.only != "uniform":
             for bits in AVERAGES:
                 for fuse in (False, True):
@@ -82,6 +89,29 @@ def main() -> None:
             writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+
+class Judge:
+    """Extra NLL and KL of a model against the original, on the same windows."""
+
+    def __init__(self, original: transformers.PreTrainedModel, windows: torch.Tensor) -> None:
+        self.windows = windows
+        self.nll = self._nll(original)
+        self.reference = [self._log_probabilities(original, window).half() for window in windows[:KL_WINDOWS]]
+
+    def __call__(self, model: transformers.PreTrainedModel) -> tuple[float, float]:
+        total = 0.0
+        for window, kept in zip(self.windows, self.reference, strict=False):
+            expected, found = kept.float(), self._log_probabilities(model, window)
+            total += float((expected.exp() * (expected - found)).sum(-1).mean())
+        return self._nll(model) - self.nll, total / len(self.reference)
+
+    def _nll(self, model: transformers.PreTrainedModel) -> float:
+        return token_nll(model, self.windows, batch=4, advance=lambda num: None).nll
+
+    @torch.no_grad()
+    def _log_probabilities(self, model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(model(window[None]).logits[0].float(), dim=-1)
 
 
 if __name__ == "__main__":

@@ -286,12 +286,14 @@ def test_one_byte_less_is_one_step_less():
     assert solve(problem, 299, time_limit_s=10.0).choice == (0, 0)
 
 
-def test_greed_by_loss_per_byte_is_not_enough():
-    # The first unit's step is the best per byte, but taking it leaves no room for the two others.
-    problem = problem_of(((0, 51), (60.0, 0.0)), ((0, 50), (50.0, 0.0)), ((0, 50), (50.0, 0.0)))
-    solution = solve(problem, 100, time_limit_s=10.0)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1.0, 1e12])
+def test_greed_by_loss_per_byte_is_not_enough(scale):
+    """The first unit's step is the best per byte, but leaves no room for the two others."""
+    steps = ((0, 51), (60.0 * scale, 0.0)), ((0, 50), (50.0 * scale, 0.0)), ((0, 50), (50.0 * scale, 0.0))
+    solution = solve(problem_of(*steps), 100, time_limit_s=10.0)
     assert solution.choice == (0, 1, 1)
-    assert (solution.loss, solution.nbytes, solution.gap) == (60.0, 100, 0.0)
+    assert solution.loss == pytest.approx(60.0 * scale)
+    assert (solution.nbytes, solution.gap) == (100, 0.0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1.0, 1e12])

@@ -108,6 +108,20 @@ def test_the_index_decides_between_two_shards_with_the_same_tensor(tmp_path):
     assert checkpoint.read(["a", "b"]).keys() == {"a", "b"}
 
 
+def test_a_single_file_beside_an_index_is_what_transformers_reads(tmp_path):
+    """Left behind when a model was saved again in another number of shards: the same weights must be quantized."""
+    sharded(tmp_path, {"old.safetensors": {"a": torch.zeros(2)}})
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE_FILE)
+    assert torch.equal(Checkpoint.open(tmp_path).read(["a"])["a"], torch.ones(2))
+
+
+def test_a_weight_that_the_compute_dtype_cannot_hold_is_not_called_damage(tmp_path):
+    save_file({"w": torch.tensor([1e6, 2.0])}, tmp_path / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match="float16") as caught:
+        Checkpoint.open(tmp_path).read(["w"], dtype=torch.float16)
+    assert "damaged" not in str(caught.value)
+
+
 def test_reading_casts_only_floating_point(tmp_path):
     save_file({"w": torch.tensor([1.5, 2.25]), "ids": torch.tensor([1, 2])}, tmp_path / SINGLE_FILE)
     tensors = Checkpoint.open(tmp_path).read(["w", "ids"], dtype=torch.bfloat16)

@@ -61,11 +61,13 @@ def test_a_folder_without_a_config(hub, tmp_path):
         resolve_model(str(tmp_path))
 
 
-def test_a_file_is_no_model(hub, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_text("")
-    with pytest.raises(CheckpointError, match=r"model\.gguf.*is a file"):
-        resolve_model(str(path))
+def test_a_file_is_no_model(hub, tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "model.gguf").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for given in (str(tmp_path / "user" / "model.gguf"), "user/model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf.*is a file"):
+            resolve_model(given)
 
 
 @pytest.mark.parametrize("model", ["/no/such", "./no", "../no/such", "~/no/such", "no-such", "a/b/c", "~nobody-here/x"])

@@ -97,6 +97,16 @@ def test_a_block_of_something_else_is_done_again(stage):
     assert stage.load_block(0) is None
 
 
+@pytest.mark.parametrize("where", ["notes", "tensor"])
+def test_a_block_with_a_flipped_bit_is_done_again(stage, where):
+    stage.save_block(0, NOTES, tensors())
+    path = stage.block_file(0)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"gptq") if where == "notes" else -1] ^= 1
+    path.write_bytes(data)
+    assert stage.load_block(0) is None
+
+
 class Killed(BaseException):
     """As a signal would: nothing on the way catches it."""
 
