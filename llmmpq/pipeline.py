@@ -208,7 +208,7 @@ def _planned(
         solution = uniform(problem, nbytes)
         if budget["kind"] == "bits":
             budget["nbytes"] = solution.nbytes  # pins may ask for more or less than the width itself
-        return to_plan(problem, solution, method="uniform", budget=budget)
+        return to_plan(problem, solution, method="uniform", budget=budget, measured=False)
     sensitivity = _measure(session, work, model_digests, windows, progress)
     for warning in sensitivity.warnings:
         progress.note(warning)

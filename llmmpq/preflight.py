@@ -122,13 +122,12 @@ def _block_specs(session: Session) -> list[list[LinearSpec]]:
 
 def _work_nbytes(session: Session) -> int:
     recipe = session.recipe
-    follow = recipe.quantizer.sequential and recipe.quantizer.correction > 0
     weights = max(sum(spec.num_weights for spec in specs) for specs in _block_specs(session))
     widest = session.skeleton.widest_in_features
     largest = max(spec.num_weights for spec in session.skeleton.linears)
     itemsize = session.dtype.itemsize
     # GPTQ holds the corrected weight, its transposed copy, the codes and the result of one matrix.
-    return (1 + follow) * weights * itemsize + COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
+    return (1 + recipe.quantizer.sequential) * weights * itemsize + COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
 
 
 def _states_nbytes(session: Session) -> int:

@@ -35,12 +35,18 @@ class Session:
 
     def options(self) -> dict[str, tuple[Scheme, ...]]:
         """The schemes each linear may take, in rising order of bits; pins may add a width to a linear."""
-        pinned = match_pins(self.skeleton.linears, self.recipe.allocation.pins)
-        widths = set(self.recipe.allocation.widths)
+        allocation = self.recipe.allocation
+        pinned = match_pins(self.skeleton.linears, allocation.pins)
+
+        def unit(spec: LinearSpec) -> str:
+            return spec.fused_set if allocation.fuse else spec.name
+
+        added: dict[str, set[int]] = {}
+        for spec in self.skeleton.linears:
+            if spec.name in pinned:
+                added.setdefault(unit(spec), set()).add(pinned[spec.name])
         return {
-            spec.name: tuple(
-                self.scheme(bits) for bits in sorted(widths | ({pinned[spec.name]} if spec.name in pinned else set()))
-            )
+            spec.name: tuple(self.scheme(bits) for bits in sorted({*allocation.widths, *added.get(unit(spec), ())}))
             for spec in self.skeleton.linears
         }
 

@@ -40,7 +40,7 @@ class WorkDir:
             raise CheckpointError(f"cannot use the work folder {folder}: {error.strerror}. Give --work-dir.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise CheckpointError(
                 f"another llmmpq is at work in {folder}: wait for it, or give this run its own --work-dir"
@@ -53,7 +53,7 @@ class WorkDir:
         self._lock.close()
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
-        inputs = {**inputs, "algorithm_version": ALGORITHM_VERSION}
+        inputs = json.loads(json.dumps({**inputs, "algorithm_version": ALGORITHM_VERSION}))
         return Stage(self.folder, name, inputs)
 
 

@@ -22,6 +22,7 @@ class Unit:
     schemes: tuple[Scheme, ...]
     nbytes: tuple[int, ...]
     losses: tuple[float, ...]
+    pinned: bool = False
 
     @property
     def name(self) -> str:
@@ -83,7 +84,13 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
     for spec in members:
         options = sensitivity.options[spec.name]
         by_width.append({scheme.bits: position for position, scheme in enumerate(options)})
-    common = sorted(wanted or set.intersection(*(set(widths) for widths in by_width)))
+    shared = set.intersection(*(set(widths) for widths in by_width))
+    if not wanted <= shared:
+        raise InfeasibleBudgetError(
+            f"{members[0].fused_set} must agree on one width, but not all of its members were measured at the pinned "
+            f"{sorted(wanted)[0]} bits. Pin them alike, or leave out --fuse."
+        )
+    common = sorted(wanted or shared)
     schemes: list[Scheme] = []
     nbytes: list[int] = []
     losses: list[float] = []
@@ -101,4 +108,6 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
             )
         )
         losses.append(loss)
-    return Unit(members=members, schemes=tuple(schemes), nbytes=tuple(nbytes), losses=tuple(losses))
+    return Unit(
+        members=members, schemes=tuple(schemes), nbytes=tuple(nbytes), losses=tuple(losses), pinned=bool(wanted)
+    )

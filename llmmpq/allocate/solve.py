@@ -65,7 +65,7 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
     if smallest <= budget_nbytes:
         return
     num_weights = problem.num_weights
-    pinned = [unit for unit in problem.units if len(unit.schemes) == 1]
+    pinned = [unit for unit in problem.units if unit.pinned]
     pinned_nbytes = sum(unit.nbytes[0] for unit in pinned)
     overhead = smallest - sum(
         min(scheme.bits for scheme in unit.schemes) * member.num_weights // 8
@@ -74,7 +74,9 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
     )
     binds = f"scales and zeros take {8 * overhead / num_weights:.2f} of them"
     if pinned:
-        binds += f", and {len(pinned)} pinned layers {8 * pinned_nbytes / num_weights:.2f}"
+        binds += (
+            f", and {sum(len(unit.members) for unit in pinned)} pinned layers {8 * pinned_nbytes / num_weights:.2f}"
+        )
     # Rounded up, so that the figure named is one that works.
     needed = -(-smallest * 8 * 1000 // num_weights) / 1000
     raise InfeasibleBudgetError(
@@ -84,7 +86,10 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
     )
 
 
-def to_plan(problem: Problem, solution: Solution, *, method: str, budget: dict[str, object]) -> Plan:
+def to_plan(
+    problem: Problem, solution: Solution, *, method: str, budget: dict[str, object], measured: bool = True
+) -> Plan:
+    """The plan that a solution stands for. Without a measurement its loss means nothing and is left out."""
     chosen = {
         member.name: (member, unit.schemes[position])
         for unit, position in zip(problem.units, solution.choice, strict=True)
@@ -98,8 +103,8 @@ def to_plan(problem: Problem, solution: Solution, *, method: str, budget: dict[s
         },
         method=method,
         budget=budget,
-        predicted_loss=solution.loss,
-        optimality_gap=solution.gap,
+        predicted_loss=solution.loss if measured else None,
+        optimality_gap=solution.gap if measured else None,
     )
 
 

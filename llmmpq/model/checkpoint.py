@@ -100,8 +100,12 @@ class Checkpoint:
                     stored = shard.get_tensor(name)
                     target = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
                     tensor = stored.to(device=device, dtype=target, copy=True)
-                    if tensor.is_floating_point():
-                        self._check_finite(name, tensor)
+                    if tensor.is_floating_point() and not _is_finite(tensor):
+                        self._check_finite(name, stored)
+                        raise CheckpointError(
+                            f"tensor {name!r} reaches {float(stored.abs().max()):.3g}, more than {target} holds: use "
+                            "--dtype bfloat16 or float32"
+                        )
                     tensors[name] = tensor
         return tensors
 
@@ -126,22 +130,27 @@ class Checkpoint:
                 pass
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        # The sum is a cheap witness: any NaN or inf makes it non-finite. Only then is the exact count taken.
-        if not math.isfinite(tensor.float().sum().item() if tensor.dtype.itemsize < 4 else tensor.sum().item()):
+        if not _is_finite(tensor):
             num_bad = int((~torch.isfinite(tensor)).sum())
-            if num_bad:
-                raise CheckpointError(
-                    f"tensor {name!r} in {self.folder / self.entries[name].file} holds {num_bad} NaN or infinite "
-                    "values. The checkpoint is damaged or was saved from a diverged model; download it again."
-                )
+            raise CheckpointError(
+                f"tensor {name!r} in {self.folder / self.entries[name].file} holds {num_bad} NaN or infinite "
+                "values. The checkpoint is damaged or was saved from a diverged model; download it again."
+            )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The sum is a cheap witness: any NaN or inf makes it non-finite. Only then is every element looked at.
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index of a sharded checkpoint, checked; empty for a single-file one."""
     index = folder / INDEX_FILE
+    # A single file wins over an index beside it, as in transformers: both must read the same weights.
+    if (folder / SINGLE_FILE).is_file():
+        return {}
     if not index.is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return {}
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickles:
             raise CheckpointError(

@@ -176,6 +176,9 @@ def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[s
         else:
             stored_names[name] = stored
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    for name, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        if source not in stored_names and name in stored_names:
+            stored_names[source] = stored_names.pop(name)  # tied, and stored under the other name
     missing = [name for name in wanted if name not in stored_names and name not in tied]
     if missing:
         raise CheckpointError(
@@ -201,8 +204,8 @@ def _refuse_unsupported(model: PreTrainedModel, block_names: Iterable[str]) -> N
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 3 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                     raise UnsupportedModelError(
-                        f"{full_name}.{key} is a fused tensor of shape {list(parameter.shape)} (the experts of a "
-                        "mixture-of-experts block): not supported yet"
+                        f"{full_name}.{key} is a tensor of shape {list(parameter.shape)} (fused experts of a "
+                        "mixture-of-experts block, or another kind of layer): not supported yet"
                     )
 
 
@@ -215,12 +218,15 @@ def _inventory(
 ) -> tuple[tuple[LinearSpec, ...], tuple[KeptTensor, ...]]:
     linears: list[LinearSpec] = []
     kept_by_pattern: set[str] = set()
+    matched: set[str] = set()
     for index, block_name in enumerate(block_names):
         for name, module in model.get_submodule(block_name).named_modules():
             if not isinstance(module, nn.Linear):
                 continue
             full_name = f"{block_name}.{name}"
-            if any(fnmatchcase(full_name, pattern) or fnmatchcase(name, pattern) for pattern in keep):
+            matching = {pattern for pattern in keep if fnmatchcase(full_name, pattern) or fnmatchcase(name, pattern)}
+            if matching:
+                matched |= matching
                 kept_by_pattern.add(f"{full_name}.weight")
                 continue
             parent, _, role = full_name.rpartition(".")
@@ -234,8 +240,10 @@ def _inventory(
                     fused_set=_fused_set(parent, role),
                 )
             )
-    if keep and not kept_by_pattern:
-        raise RecipeError(f"output.keep {list(keep)} matches no linear; names look like {linears[0].name!r}")
+    unmatched = [pattern for pattern in keep if pattern not in matched]
+    if unmatched:
+        example = linears[0].name if linears else block_names[0]
+        raise RecipeError(f"output.keep {unmatched[0]!r} matches no linear; names look like {example!r}")
     quantized = {f"{spec.name}.weight" for spec in linears}
     kept = []
     for name, stored in stored_names.items():

