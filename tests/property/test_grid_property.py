@@ -60,7 +60,7 @@ def min_max(weight, scheme):
         zeros = torch.full_like(scales, levels)
     else:
         scales, zeros = (high - low) / (2**scheme.bits - 1), None
-    scales = scales.clamp_min(2.0**-14).half().float()
+    scales = scales.clamp_min(2.0**-24).half().float()
     return scales, torch.round(-low / scales).clamp(0, 2**scheme.bits - 1) if zeros is None else zeros
 
 

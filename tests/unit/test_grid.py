@@ -51,7 +51,7 @@ def min_max(weight_NK: torch.Tensor, scheme: Scheme, *, full_range: bool = True)
         else:
             scale = (high - low) / (2**scheme.bits - 1)
             zero = None
-        scale = scale.clamp_min(2.0**-14).half().float()
+        scale = scale.clamp_min(2.0**-24).half().float()
         scales.append(scale)
         zeros.append(torch.round(-low / scale).clamp(0, 2**scheme.bits - 1) if zero is None else zero)
     return torch.stack(scales, 1), torch.stack(zeros, 1)
