@@ -143,13 +143,16 @@ def test_a_missing_tensor(attempt: Attempt) -> None:
 )
 def test_an_index_that_names(shard: object, says: str, attempt: Attempt) -> None:
     shutil.copy(attempt.model / SHARD, attempt.folder / "outside.safetensors")
-    weight_map = dict.fromkeys(load_file(attempt.model / SHARD), SHARD) | {"lm_head.weight": shard}
+    first = "model-00001-of-00002.safetensors"  # a single model.safetensors would be read in the index's place
+    (attempt.model / SHARD).rename(attempt.model / first)
+    weight_map = dict.fromkeys(load_file(attempt.model / first), first) | {"lm_head.weight": shard}
     (attempt.model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     attempt.fails(says=says)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
 def test_an_index_that_is_none(content: str, attempt: Attempt) -> None:
+    (attempt.model / SHARD).rename(attempt.model / "model-00001-of-00001.safetensors")
     (attempt.model / INDEX).write_text(content)
     attempt.fails(says=INDEX)
 
