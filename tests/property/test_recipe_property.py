@@ -53,7 +53,7 @@ RECIPES = st.builds(
     quantizer=st.builds(
         Quantizer,
         algorithm=ALGORITHMS,
-        group_size=COUNTS,
+        group_size=st.integers(1, 2**20),
         symmetric=st.booleans(),
         damping=st.floats(min_value=0, max_value=1),
         activation_order=st.booleans(),
@@ -72,7 +72,7 @@ RECIPES = st.builds(
         dtype=st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
         activations=st.sampled_from(["device", "host"]),
         batch=COUNTS,
-        threads=st.none() | COUNTS,
+        threads=st.none() | st.integers(1, 1024),
     ),
     evaluation=st.builds(Evaluation, window=COUNTS, text=st.none() | TEXTS),
 )

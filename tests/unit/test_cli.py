@@ -347,11 +347,17 @@ def test_an_error_of_ours_is_one_line_and_exit_code_2(pipeline, verb, as_json, c
     assert captured.err.splitlines()[-1] == "error: shard 3 is missing [bold]"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(5, "disk"), AssertionError()])
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError(3), AssertionError()])
 def test_a_bug_of_ours_keeps_its_traceback(pipeline, error):
     pipeline.answers["inspect"] = error
     with pytest.raises(type(error)):
         main(["inspect", "folder"])
+
+
+def test_what_the_system_refuses_is_one_line(pipeline, capsys):
+    pipeline.answers["inspect"] = OSError(36, "File name too long", "some/file")
+    assert main(["inspect", "folder"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: some/file: File name too long"
 
 
 def test_interrupted(pipeline, capsys):
