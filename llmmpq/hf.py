@@ -135,15 +135,17 @@ class LlmmpqHfQuantizer(HfQuantizer):
         # The whole model: a packed linear cannot pass a gradient on to what lies before it.
         return model.requires_grad_(False)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise CheckpointError("cannot dequantize a model that is partly offloaded: load it with one device first")
+        # save_pretrained leaves the name of the dtype in the config.
+        wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, packed in list(model.named_modules()):
             if isinstance(packed, PackedLinear):
                 linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(packed.dequantize(dtype))
+                linear.weight = nn.Parameter(packed.dequantize(wanted))
                 if packed.bias is not None:
-                    linear.bias = nn.Parameter(packed.bias.to(dtype))
+                    linear.bias = nn.Parameter(packed.bias.to(wanted))
                 _set_module(model, name, linear.train(packed.training))
         return model.requires_grad_(True)
 

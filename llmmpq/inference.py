@@ -77,8 +77,12 @@ def load_model(model: str, *, device: str = "auto", dtype: str = "auto") -> tupl
     wanted = torch.float32 if dtype == "auto" and target.type == "cpu" else dtype
     if isinstance(wanted, str) and wanted != "auto":
         wanted = getattr(torch, wanted)
+    # Damage, missing shards and pickled weights are named here, before anything is loaded.
+    Checkpoint.open(folder)
     loader = LlmmpqForCausalLM if (folder / PLAN_FILE).is_file() else AutoModelForCausalLM
-    loaded: PreTrainedModel = loader.from_pretrained(str(folder), dtype=wanted)
+    loaded: PreTrainedModel = loader.from_pretrained(
+        str(folder), dtype=wanted, trust_remote_code=False, use_safetensors=True
+    )
     torch.nn.Module.to(loaded, target)
     return folder, loaded.eval()
 

@@ -152,12 +152,6 @@ class Run(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(_Checked):
-    window: Window = 1024
-    text: NonEmpty | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe(_Checked):
     model: NonEmpty | None = None
     revision: NonEmpty | None = None
@@ -168,7 +162,6 @@ class Recipe(_Checked):
     quantizer: Quantizer = field(default_factory=Quantizer)
     output: Output = field(default_factory=Output)
     run: Run = field(default_factory=Run)
-    evaluation: Evaluation = field(default_factory=Evaluation)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None, *, source: str = "recipe") -> Recipe:

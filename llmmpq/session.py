@@ -87,9 +87,6 @@ class Session:
         advice = advise_num_tokens(windows.ids.numel(), self.skeleton.widest_in_features)
         return windows if advice is None else dataclasses.replace(windows, notes=(*windows.notes, advice))
 
-    def linear(self, name: str) -> LinearSpec:
-        return next(spec for spec in self.skeleton.linears if spec.name == name)
-
 
 def open_session(recipe: Recipe) -> Session:
     recipe = recipe.resolve()
@@ -102,9 +99,12 @@ def open_session(recipe: Recipe) -> Session:
     skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep)
     device = pick_device(recipe.run.device)
     dtype = _pick_dtype(recipe.run.dtype, device, skeleton)
-    recipe = recipe.override(
-        {"run.device": str(device), "run.dtype": str(dtype).removeprefix("torch.")}, source="resolved recipe"
-    )
+    resolved: dict[str, Any] = {"run.device": str(device), "run.dtype": str(dtype).removeprefix("torch.")}
+    if device.type == "cpu":
+        resolved["run.threads"] = torch.get_num_threads()  # sums in another order end in other bits
+    if folder.parent.name == "snapshots":
+        resolved["revision"] = folder.name  # the commit that a Hub name stood for
+    recipe = recipe.override(resolved, source="resolved recipe")
     return Session(recipe=recipe, folder=folder, checkpoint=checkpoint, skeleton=skeleton, device=device, dtype=dtype)
 
 

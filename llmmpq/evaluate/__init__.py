@@ -1,1 +1,1 @@
-"""Measure what was made: perplexity, divergence, size and speed, as a report."""
+"""Judge a loaded model: token perplexity, and a sample of its text."""

@@ -1,1 +1,1 @@
-"""What each candidate does to the model: input moments, losses, the Gram matrix."""
+"""What each candidate does to the output of its block: input moments and additive losses."""

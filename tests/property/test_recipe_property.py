@@ -11,7 +11,6 @@ from llmmpq.recipe import (
     Allocation,
     Budget,
     Calibration,
-    Evaluation,
     Measurement,
     Output,
     Quantizer,
@@ -74,7 +73,6 @@ RECIPES = st.builds(
         batch=COUNTS,
         threads=st.none() | st.integers(1, 1024),
     ),
-    evaluation=st.builds(Evaluation, window=COUNTS, text=st.none() | TEXTS),
 )
 
 

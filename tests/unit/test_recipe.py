@@ -54,7 +54,7 @@ def test_empty_recipe_has_documented_defaults():
         ({"output": {"max_shard_size": True}}, ["true or false"]),
         ({"run": {"device": "cuda:x"}}, ["run.device", "cuda:1"]),
         ({"run": {"dtype": "int8"}}, ["bfloat16"]),
-        ({"evaluation": {"window": 1}}, ["evaluation.window", "at least 2"]),
+        ({"calibration": {"window": 1}}, ["calibration.window", "at least 2"]),
         ({"model": None, "revision": 1234567}, ["revision", "1234567 (a whole number)", "text"]),
     ],
 )
