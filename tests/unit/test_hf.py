@@ -402,6 +402,16 @@ def test_a_config_without_a_layout_version():
         LlmmpqConfig.from_dict({"quant_method": "llmmpq", "linears": {"lm_head": SCHEMES[0].to_json()}})
 
 
+def test_dequantize_after_saving(llama, tmp_path):
+    """Saving turns the dtype in the config into its name."""
+    model = LlmmpqForCausalLM.from_pretrained(str(llama[0]), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    expected = model(tiny.token_ids(1, 8, 0)).logits
+    plain = model.dequantize()
+    assert not any(isinstance(module, PackedLinear) for module in plain.modules())
+    torch.testing.assert_close(plain(tiny.token_ids(1, 8, 0)).logits, expected, rtol=0, atol=1e-4)
+
+
 def test_config_round_trips(llama):
     folder, _ = llama
     config = LlmmpqConfig(linears={f"linear.{i}": scheme for i, scheme in enumerate(SCHEMES)})
