@@ -9,7 +9,7 @@ model's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
 from llmmpq.quantize.linear import dequantized, quantize_linear
-from llmmpq.records import LinearSpec, PackedTensor, Plan
+from llmmpq.records import LinearSpec, PackedTensor, Plan, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,24 @@ class BlockResult:
 
     packed: dict[str, PackedTensor]
     notes: dict[str, dict[str, object]] = field(default_factory=dict)
+    others: dict[str, dict[Scheme, PackedTensor]] = field(default_factory=dict)  # schemes that the plan did not choose
 
 
 def quantize_block(
-    block: Block, plan: Plan, settings: ExecuteSettings, *, on_linear: Callable[[LinearSpec], None]
+    block: Block,
+    plan: Plan,
+    settings: ExecuteSettings,
+    *,
+    on_linear: Callable[[LinearSpec], None],
+    options: Mapping[str, Sequence[Scheme]] | None = None,
 ) -> BlockResult:
-    """Quantize every linear of the block; on return its weights are what the next block must see."""
+    """Quantize every linear of the block; on return its weights are what the next block must see.
+
+    With `options`, each linear is also quantized in the schemes it might have had, on the same inputs.
+    """
     packed: dict[str, PackedTensor] = {}
     notes: dict[str, dict[str, object]] = {}
+    others: dict[str, dict[Scheme, PackedTensor]] = {}
     originals = block.original_weights
     groups = block.input_groups()
     for group in groups:
@@ -82,6 +92,13 @@ def quantize_block(
                 column_block=settings.column_block,
             )
             packed[spec.name] = quantized.packed
+            others[spec.name] = {
+                scheme: quantize_linear(
+                    weight, scheme, importance_K=importance_K, factor=factor, column_block=settings.column_block
+                ).packed
+                for scheme in (options or {}).get(spec.name, ())
+                if scheme != plan.linears[spec.name].scheme
+            }
             notes[spec.name] = _note(quantized.algorithm, settings, factor, moment, trace)
             if settings.sequential:
                 block.linear(spec).weight.data = dequantized(quantized.packed, originals[spec.name].dtype)
@@ -100,7 +117,7 @@ def quantize_block(
                 block.linear(spec).weight.data = dequantized(quantized.packed, weight.dtype)
             on_linear(spec)
     order = [spec.name for spec in block.linears]
-    return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order})
+    return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order}, others=others)
 
 
 def _targets(

@@ -62,6 +62,13 @@ class Skeleton:
         return [name for name in self.stored_names if name.startswith(prefix)]
 
     @property
+    def readable_names(self) -> dict[str, str]:
+        """Like `stored_names`, with tied weights under the name of the tensor they share."""
+        tied = dict(getattr(self.model, "all_tied_weights_keys", {}))
+        stored = self.stored_names
+        return stored | {name: stored[source] for name, source in tied.items() if source in stored}
+
+    @property
     def widest_in_features(self) -> int:
         return max(spec.shape[1] for spec in self.linears)
 

@@ -21,15 +21,12 @@ import torch
 from torch import nn
 
 from llmmpq.errors import UnsupportedModelError
+from llmmpq.model.around import Arguments, Around, EnoughSeenError, free_tensor, set_tensor
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import Skeleton
 from llmmpq.records import LinearSpec
 
 InputHook = Callable[[LinearSpec, torch.Tensor], None]
-
-
-class _EnoughSeen(Exception):
-    """Raised inside the model's forward to end it where the blocks begin or end."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +45,7 @@ class Block:
     original_states: list[torch.Tensor] | None
     original_weights: dict[str, torch.Tensor]
     device: torch.device
-    call: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+    call: _Caller = field(repr=False)
 
     def linear(self, spec: LinearSpec) -> nn.Linear:
         found = self.module.get_submodule(spec.name.removeprefix(self.name + "."))
@@ -60,6 +57,26 @@ class Block:
         """Outputs for each batch of states, on the block's device, with the weights as they are now."""
         for state in self.states if states is None else states:
             yield self.call(state.to(self.device))
+
+    @torch.no_grad()
+    def run_many(self, states: torch.Tensor) -> torch.Tensor:
+        """One forward for any number of sequences, where the block's arguments allow it; else one by one."""
+        states = states.to(self.device)
+        if self.call.broadcasts:
+            return self.call(states)
+        return torch.cat([self.call(state[None]) for state in states])
+
+    @torch.no_grad()
+    def run_rounded(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Like `run_many`, one sequence at a time, with weights and arithmetic in another dtype."""
+        exact = {name: parameter.data for name, parameter in self.module.named_parameters()}
+        try:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.to(dtype)
+            return torch.cat([self.call(state[None].to(self.device, dtype), dtype=dtype) for state in states])
+        finally:
+            for name, parameter in self.module.named_parameters():
+                parameter.data = exact[name]
 
     def run_with_inputs(self, hook: InputHook, specs: list[LinearSpec]) -> Iterator[torch.Tensor]:
         """Like `run`, showing `hook` the input of each linear in `specs` on the way."""
@@ -82,17 +99,17 @@ class Block:
 
         def keep(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             seen.append(args[0])
-            raise _EnoughSeen
+            raise EnoughSeenError
 
         handle = self.linear(spec).register_forward_pre_hook(keep)
         try:
             for position, state in enumerate(self.states):
                 original = None
                 if self.original_states is not None:
-                    with torch.no_grad(), self.with_original_weights(), suppress(_EnoughSeen):
+                    with torch.no_grad(), self.with_original_weights(), suppress(EnoughSeenError):
                         self.call(self.original_states[position].to(self.device))
                     original = seen.pop() if seen else None
-                with torch.no_grad(), suppress(_EnoughSeen):
+                with torch.no_grad(), suppress(EnoughSeenError):
                     self.call(state.to(self.device))
                 # A batch need not reach every linear. Without the original's input the cross moment is not known.
                 if seen and (original is not None or self.original_states is None):
@@ -171,6 +188,7 @@ class BlockStream:
         batch: int = 1,
         states_on_host: bool = False,
         follow_original: bool = False,
+        many: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.checkpoint = checkpoint
@@ -179,11 +197,12 @@ class BlockStream:
         self.dtype = dtype
         self.batch = batch
         self.follow_original = follow_original
+        self.many = many  # the caller will use `Block.run_many`
         self.states_device = torch.device("cpu") if states_on_host else device
 
     def __iter__(self) -> Iterator[Block]:
         skeleton = self.skeleton
-        states, arguments = self._embed()
+        states, arguments, broadcasts = self._embed()
         original_states = list(states) if self.follow_original else None
         for index, name in enumerate(skeleton.block_names):
             module = skeleton.block(index)
@@ -197,7 +216,7 @@ class BlockStream:
                 original_states=original_states,
                 original_weights={},
                 device=self.device,
-                call=_Caller(module, arguments[index], name),
+                call=_Caller(module, arguments[index], name, broadcasts=broadcasts),
             )
             block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
             try:
@@ -210,7 +229,7 @@ class BlockStream:
                 block.original_weights.clear()
             finally:
                 for tensor_name in skeleton.block_tensors(index):
-                    _free_tensor(module, tensor_name.removeprefix(name + "."))
+                    free_tensor(module, tensor_name.removeprefix(name + "."))
                 _give_back_freed_memory()
 
     def _advance(self, block: Block, states: list[torch.Tensor]) -> None:
@@ -219,48 +238,45 @@ class BlockStream:
             states[position] = output.to(self.states_device)
 
     def _load(self, module: nn.Module, names: list[str], *, prefix: str) -> None:
-        stored = self.skeleton.stored_names
+        stored = self.skeleton.readable_names
         tensors = self.checkpoint.read((stored[name] for name in names), device=self.device, dtype=self.dtype)
         for name in names:
-            _set_tensor(module, name.removeprefix(prefix), tensors[stored[name]])
+            set_tensor(module, name.removeprefix(prefix), tensors[stored[name]])
         for child in module.modules():
             for key, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     child._buffers[key] = buffer.to(self.device)
 
     @torch.no_grad()
-    def _embed(self) -> tuple[list[torch.Tensor], list[dict[int, _Arguments]]]:
-        """States entering block 0 for every batch, and per block the other arguments by batch size."""
-        recorder = _Recorder(self.skeleton, self._load_outside_blocks)
-        states = []
-        with recorder:
+    def _embed(self) -> tuple[list[torch.Tensor], list[dict[int, Arguments]], bool]:
+        """States entering block 0, per block the other arguments by batch size, and whether those of one do for all."""
+        states, broadcasts = [], False
+        with self.around() as around:
             for start in range(0, len(self.windows), self.batch):
                 ids = self.windows[start : start + self.batch].to(self.device)
-                states.append(recorder.embed(ids).to(device=self.states_device, dtype=self.dtype))
-        return states, recorder.arguments
+                states.append(around.embed(ids).to(device=self.states_device, dtype=self.dtype))
+            if self.many:
+                one = self.windows[:1].to(self.device)
+                around.embed(one)
+                around.embed(one.expand(2, -1))
+                broadcasts = all(known[1].broadcast_to(known[2]) for known in around.arguments)
+        return states, around.arguments, broadcasts
 
-    def _load_outside_blocks(self, module: nn.Module, name: str) -> None:
-        prefix = name + "."
-        wanted = [f"{prefix}{key}" for key in module._parameters | module._buffers]
-        self._load(module, [key for key in wanted if key in self.skeleton.stored_names], prefix=prefix)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Arguments:
-    """What the model passes a block besides the hidden states."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
+    def around(self) -> Around:
+        """The model with its blocks silenced, as a context: embedding side and head side."""
+        return Around(self.skeleton, lambda module, names, prefix: self._load(module, names, prefix=prefix))
 
 
 class _Caller:
     """Calls a block's module with the recorded arguments that fit the batch."""
 
-    def __init__(self, module: nn.Module, arguments: dict[int, _Arguments], name: str) -> None:
-        self.module, self.arguments, self.name = module, arguments, name
+    def __init__(self, module: nn.Module, arguments: dict[int, Arguments], name: str, *, broadcasts: bool) -> None:
+        self.module, self.arguments, self.name, self.broadcasts = module, arguments, name, broadcasts
 
-    def __call__(self, state: torch.Tensor) -> torch.Tensor:
-        rest = self.arguments[state.shape[0]]
+    def __call__(self, state: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        known = self.arguments
+        rest = known[1] if self.broadcasts and len(state) not in known else known[len(state)]
+        rest = rest if dtype is None else rest.cast(dtype)
         output = self.module(state, *rest.positional, **rest.named)
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape != state.shape:
@@ -271,127 +287,8 @@ class _Caller:
         return hidden
 
 
-class _Recorder:
-    """Silences the blocks of a skeleton and records what the model passes them."""
-
-    def __init__(self, skeleton: Skeleton, load: Callable[[nn.Module, str], None]) -> None:
-        self.skeleton = skeleton
-        self.blocks = [skeleton.block(index) for index in range(len(skeleton.block_names))]
-        self.arguments: list[dict[int, _Arguments]] = [{} for _ in self.blocks]
-        self._load = load
-        self._loaded: dict[str, nn.Module] = {}
-        self._handles: list[Any] = []
-        self._state: torch.Tensor | None = None
-        self._returns_tuple = False
-        self._wrong_return = False
-
-    def __enter__(self) -> _Recorder:
-        model = self.skeleton.model
-        for index, block in enumerate(self.blocks):
-            block.forward = lambda *args, _index=index, **kwargs: self._seen(_index, args, kwargs)
-        inside = {id(module) for block in self.blocks for module in block.modules()}
-        for name, module in model.named_modules():
-            if id(module) not in inside and (module._parameters or module._buffers):
-                handle = module.register_forward_pre_hook(lambda mod, _args, name=name: self._on_call(mod, name))
-                self._handles.append(handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for block in self.blocks:
-            del block.forward
-        for handle in self._handles:
-            handle.remove()
-        for name, module in self._loaded.items():
-            for key in module._parameters | module._buffers:
-                if f"{name}.{key}" in self.skeleton.stored_names:
-                    _free_tensor(module, key)
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        self._state = None
-        for self._returns_tuple in (False, True):
-            self._wrong_return = False
-            try:
-                self.skeleton.model(input_ids=ids, use_cache=False)
-            except _EnoughSeen:
-                pass
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-                # A block that must return a tuple breaks the model when it returns a tensor: try the other way.
-                if self._returns_tuple:
-                    raise UnsupportedModelError(
-                        f"{type(self.skeleton.model).__name__} cannot be run up to its blocks: {error}"
-                    ) from error
-                self._wrong_return = True
-            if not self._wrong_return:
-                break
-        if self._state is None:
-            raise UnsupportedModelError(f"{type(self.skeleton.model).__name__} never called its decoder blocks")
-        if self._wrong_return:
-            raise UnsupportedModelError(
-                f"{type(self.skeleton.model).__name__} changes the hidden states between its blocks: such models "
-                "cannot be streamed yet"
-            )
-        return self._state
-
-    def _on_call(self, module: nn.Module, name: str) -> None:
-        if name not in self._loaded:
-            self._load(module, name)
-            self._loaded[name] = module
-
-    def _seen(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = _Arguments(positional=args[1:], named={k: v for k, v in kwargs.items() if k != "hidden_states"})
-        if index == 0:
-            self._state = hidden
-        assert self._state is not None
-        if hidden is not self._state and not (hidden.shape == self._state.shape and torch.equal(hidden, self._state)):
-            self._wrong_return = True
-            raise _EnoughSeen
-        known = self.arguments[index].setdefault(len(hidden), rest)
-        if not _same(known.named, rest.named) or not _same(known.positional, rest.positional):
-            raise UnsupportedModelError(
-                f"{self.skeleton.block_names[index]} takes an argument that depends on the tokens besides the hidden "
-                "states: such blocks cannot be streamed yet"
-            )
-        if index == len(self.blocks) - 1:
-            raise _EnoughSeen
-        return (hidden, None) if self._returns_tuple else hidden
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
-    if isinstance(first, tuple | list):
-        return type(first) is type(second) and len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, dict):
-        return (
-            isinstance(second, dict)
-            and first.keys() == second.keys()
-            and all(_same(first[k], second[k]) for k in first)
-        )
-    return type(first) is type(second)
-
-
 def _give_back_freed_memory() -> None:
     """glibc keeps freed tensors of some megabytes in its heap, which fragments a little more with every block."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library has no malloc_trim, and less need of it
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
-    parent_path, _, key = path.rpartition(".")
-    parent = module.get_submodule(parent_path)
-    if key in parent._parameters:
-        parent._parameters[key] = nn.Parameter(value, requires_grad=False)
-    else:
-        parent._buffers[key] = value
-
-
-def _free_tensor(module: nn.Module, path: str) -> None:
-    parent_path, _, key = path.rpartition(".")
-    parent = module.get_submodule(parent_path)
-    held = (parent._parameters if key in parent._parameters else parent._buffers)[key]
-    assert held is not None
-    _set_tensor(module, path, held.data.to("meta"))

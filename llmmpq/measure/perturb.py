@@ -1,0 +1,257 @@
+"""All candidates ride one streaming pass: what each does to the model's output, and every pair of them together.
+
+A candidate is one linear stored in one of its options. At its block it replaces the linear's weight for one forward
+of the probe; the resulting states then travel through the following unperturbed blocks in a batch with those of all
+other candidates, and meet final norm and head at the end. With z the logits of the unperturbed model (the base), p the
+original model's probabilities and dz a candidate's change of the logits, let
+
+    u = sqrt(p) * (dz - E_p[dz])        so that        KL(p || p_changed) = 1/2 |u|^2 + higher orders.
+
+Summed over the N probe tokens, with changes of several linears adding up to first order,
+
+    KL(x) ~ x' Q x,     Q_ij = 1/(2 N) sum of <u_i, u_j>
+
+is positive semidefinite by construction and holds all pairs at the cost of one forward per candidate. When the base is
+not the original model but a plan (re-linearising), u0 is the base's own change against the original and
+
+    KL(x) ~ constant + linear'x + x' Q x,   constant = |u0|^2 / 2 N,   linear_i = <u0, u_i> / N
+
+with u_i now the change against the base: the base's row rides in the same product. Exact KL figures of each single
+candidate against the original come from the same logits.
+
+Products of a chunk of tokens are formed in float32 and added up in float64: a chunk's error is below 1e-6 of the
+product of norms, and does not grow with the number of tokens. Forming the Fisher matrix W'FW of the head once per token
+instead of u was rejected: it costs vocabulary x hidden^2 per token, more than the products for large models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmmpq.measure.states import StateStore
+from llmmpq.model.around import Around
+from llmmpq.model.stream import Block
+from llmmpq.records import LinearSpec
+
+# The KL of a candidate that turns finite logits into NaN or inf: far above any real one, yet a number.
+NON_FINITE_KL = 1e6
+CHUNK_NUM_LOGITS = 2**24  # of all candidates together at a time: 64 MB in float32, and a few copies
+ROW_BLOCK = 256  # rows of Q formed at a time: only blocks on and below the diagonal are computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbations:
+    """The quadratic model of the probe's KL, over all candidates in the order in which they joined."""
+
+    gram_CC: np.ndarray
+    linear_C: np.ndarray
+    constant: float
+    kl_C: np.ndarray  # exact, of each candidate alone (on top of the base), against the original
+    base_kl: float  # exact, of the base against the original
+    rounding_kl: float | None  # exact, of the original computed in bfloat16: what no measurement can resolve
+    num_tokens: int
+    num_forwards: float  # passes of the whole probe through one block
+    num_excluded: int  # tokens at which the base or the original is not finite
+
+
+class Ride:
+    """Carries the states of every candidate from block to block."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        *,
+        tokens_per_forward: int,
+        with_rounding: bool,
+    ) -> None:
+        self.store = store
+        self.tokens_per_forward = tokens_per_forward
+        self.with_rounding = with_rounding
+        self.num_rows = 0
+        self.num_forwards = 0.0
+        self._base: list[torch.Tensor] = []
+        self._original: list[torch.Tensor] | None = None
+        self._rounded: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def through(
+        self,
+        block: Block,
+        candidates: Iterable[tuple[LinearSpec, torch.Tensor]],
+        *,
+        on_forward: Callable[[float], None],
+    ) -> None:
+        """Move everything through one block, whose weights are the base's; its own candidates join."""
+        num_windows = len(self.store.shapes)
+        states = [block.states[window] for window in range(num_windows)]
+        earlier = self.num_rows
+        for window in range(num_windows):
+            step = max(1, self.tokens_per_forward // states[window].shape[1])
+            for start in range(0, earlier, step):
+                rows = slice(start, min(start + step, earlier))
+                moved = block.run_many(self.store.read(window, rows))
+                self.store.write(window, rows, moved)
+                self._count((rows.stop - start) / num_windows, on_forward)
+        for spec, weight in candidates:
+            linear = block.linear(spec)
+            base_weight = linear.weight.data
+            linear.weight.data = weight
+            row = slice(self.num_rows, self.num_rows + 1)
+            for window, output in self._forward(block, states):
+                self.store.write(window, row, output)
+            linear.weight.data = base_weight
+            self.num_rows += 1
+            self._count(1, on_forward)
+        self._base = [output for _, output in self._forward(block, states)]
+        self._count(1, on_forward)
+        if block.original_states is not None:
+            with block.with_original_weights():
+                following = block.original_states[:num_windows]
+                self._original = [output for _, output in self._forward(block, following)]
+            self._count(1, on_forward)
+        if self.with_rounding:
+            entering = self._rounded or states
+            self._rounded = [block.run_rounded(state, torch.bfloat16) for state in entering]
+            self._count(1, on_forward)
+
+    def _forward(self, block: Block, states: list[torch.Tensor]) -> Iterable[tuple[int, torch.Tensor]]:
+        """One forward for as many windows as it may hold."""
+        step = max(1, self.tokens_per_forward // states[0].shape[1])
+        for start in range(0, len(states), step):
+            group = states[start : start + step]
+            for offset, output in enumerate(block.run_many(torch.cat(group)).split(1)):
+                yield start + offset, output
+
+    def _count(self, num: float, on_forward: Callable[[float], None]) -> None:
+        self.num_forwards += num
+        on_forward(num)
+
+    @torch.no_grad()
+    def perturbations(self, around: Around, *, on_tokens: Callable[[int], None]) -> Perturbations:
+        """Norm, head and products, one chunk of tokens at a time."""
+        total = _Sums(self.num_rows)
+        for window in range(len(self.store.shapes)):
+            num_tokens = self.store.shapes[window][1]
+            base = self._base[window]
+            step = max(1, CHUNK_NUM_LOGITS // ((self.num_rows + 2) * _vocabulary(around)))
+            for start in range(0, num_tokens, step):
+                tokens = slice(start, min(start + step, num_tokens))
+                base_TV = around.logits(base[:, tokens])[0].float()
+                original_TV = base_TV
+                if self._original is not None:
+                    original_TV = around.logits(self._original[window][:, tokens])[0].float()
+                rounded_TV = None
+                if self._rounded:
+                    rounded_TV = around.logits(self._rounded[window][:, tokens].to(base.dtype))[0].float()
+                logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
+                total.add(logits_CTV, base_TV, original_TV, rounded_TV)
+                on_tokens(tokens.stop - start)
+        return total.result(self.num_forwards)
+
+
+class _Sums:
+    """Q, the linear term, and the exact KL figures, summed over tokens in float64."""
+
+    def __init__(self, num_rows: int) -> None:
+        # Row 0 is the base against the original, row i + 1 candidate i against the base.
+        self.gram = torch.zeros(num_rows + 1, num_rows + 1, dtype=torch.float64)
+        self.kl = torch.zeros(num_rows + 1, dtype=torch.float64)
+        self.rounding_kl: float | None = None
+        self.broken = torch.zeros(num_rows, dtype=torch.bool)
+        self.num_tokens = self.num_excluded = 0
+
+    def add(
+        self,
+        logits_CTV: torch.Tensor,
+        base_TV: torch.Tensor,
+        original_TV: torch.Tensor,
+        rounded_TV: torch.Tensor | None,
+    ) -> None:
+        known_T = torch.isfinite(base_TV).all(-1) & torch.isfinite(original_TV).all(-1)
+        if not bool(known_T.all()):
+            self.num_excluded += int((~known_T).sum())
+            logits_CTV, base_TV, original_TV = logits_CTV[:, known_T], base_TV[known_T], original_TV[known_T]
+            rounded_TV = None if rounded_TV is None else rounded_TV[known_T]
+        p_TV = original_TV.softmax(-1)
+        base_change_TV = _centred(base_TV - original_TV, p_TV)
+        if rounded_TV is not None:
+            change_TV = _centred(rounded_TV - original_TV, p_TV)
+            self.rounding_kl = (self.rounding_kl or 0.0) + float(_kl(change_TV, p_TV).double().sum())
+        # In place from here: the logits become the changes and then the rows u.
+        change_CTV = logits_CTV.sub_(base_TV)
+        broken_C = ~torch.isfinite(change_CTV.sum((1, 2)))
+        if bool(broken_C.any()):
+            self.broken |= broken_C.cpu()
+            change_CTV[broken_C] = 0.0
+        change_CTV.sub_(_mean(change_CTV, p_TV)[..., None])
+        kl_C = _kl(change_CTV + base_change_TV, p_TV).double().sum(-1)
+        self.kl[1:] += kl_C.cpu()
+        self.kl[0] += float(_kl(base_change_TV, p_TV).double().sum())
+        root_TV = p_TV.sqrt()
+        rows = torch.cat([base_change_TV[None], change_CTV]).mul_(root_TV).flatten(1)
+        for start in range(0, len(rows), ROW_BLOCK):
+            part = rows[start : start + ROW_BLOCK]
+            end = start + len(part)
+            self.gram[start:end, :end] += (part @ rows[:end].t()).double().cpu()
+        self.num_tokens += len(p_TV)
+
+    def result(self, num_forwards: float) -> Perturbations:
+        num = max(self.num_tokens, 1)
+        gram = self.gram.tril() + self.gram.tril(-1).t()
+        gram = gram / (2 * num)
+        kl = self.kl / num
+        for index in self.broken.nonzero().flatten().tolist():
+            gram[index + 1, index + 1] = NON_FINITE_KL
+            kl[index + 1] = NON_FINITE_KL
+        return Perturbations(
+            gram_CC=gram[1:, 1:].numpy().copy(),
+            linear_C=2 * gram[0, 1:].numpy(),
+            constant=float(gram[0, 0]),
+            kl_C=kl[1:].numpy().copy(),
+            base_kl=float(kl[0]),
+            rounding_kl=None if self.rounding_kl is None else self.rounding_kl / num,
+            num_tokens=self.num_tokens,
+            num_forwards=num_forwards,
+            num_excluded=self.num_excluded,
+        )
+
+
+def _mean(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("...tv,tv->...t", change, p_TV)
+
+
+def _centred(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+    return change - _mean(change, p_TV)[..., None]
+
+
+def _kl(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+    """KL(p || p') where the logits of p' differ by `change`, whose mean under p is zero.
+
+    It is log E_p[exp(change)]; written with expm1, so that small changes do not drown in the 1.
+    """
+    kl = torch.log1p(_mean(torch.expm1(change), p_TV))
+    # Beyond the range of exp: by way of the largest exponent.
+    far = ~torch.isfinite(kl)
+    if bool(far.any()):
+        log_p = p_TV.log()
+        kl = torch.where(far, torch.logsumexp(change + log_p, -1), kl)
+    return kl.clamp_min(0.0)
+
+
+def _vocabulary(around: Around) -> int:
+    return int(around.skeleton.model.config.get_text_config().vocab_size)
+
+
+def expected_forwards(candidates_per_block: list[int], *, extra: int) -> int:
+    """Passes of the probe through one block: every candidate from its own block on, `extra` trajectories throughout."""
+    num_blocks = len(candidates_per_block)
+    return sum(num * (num_blocks - index) for index, num in enumerate(candidates_per_block)) + extra * num_blocks
+
+
+def state_nbytes(*, num_rows: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> int:
+    return math.prod((num_rows, num_tokens, hidden)) * dtype.itemsize
