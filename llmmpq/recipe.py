@@ -57,7 +57,8 @@ Positive = Annotated[int, Rule("of at least 1", lambda number: number >= 1)]
 GroupSize = Annotated[int, Rule(f"from 1 to {LARGEST_GROUP}", lambda number: 1 <= number <= LARGEST_GROUP)]
 Threads = Annotated[int, Rule("from 1 to 1024", lambda number: 1 <= number <= 1024)]
 Window = Annotated[int, Rule("of at least 2", lambda number: number >= 2)]  # one token to read, one to predict
-Seed = Annotated[int, Rule("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]  # what torch's generator takes
+SEED_RULE = Rule("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)  # what torch's generator takes
+Seed = Annotated[int, SEED_RULE]
 Size = Annotated[str, Rule("such as 5GB, 4.5GiB, 200MB or 1000000", _is_size)]
 Device = Annotated[str, Rule("such as auto, cpu or cuda:1", re.compile(r"[a-z]+(:[0-9]+)?").fullmatch)]
 AvgBits = Annotated[float, Rule("above 0 and at most 16", lambda number: 0 < number <= 16)]

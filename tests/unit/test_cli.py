@@ -405,6 +405,7 @@ def test_problems_are_shown_and_give_exit_code_2(pipeline, verb, as_json, capsys
         ("eval folder --dtype int8", "float32"),
         ("eval folder --window 1", "--window"),
         ("generate folder", "Missing option '--prompt'"),
+        ("generate folder --prompt Once --seed -1", "^error: --seed is -1; allowed: a whole number from 0"),
         ("inspect", "Missing argument 'DIR'"),
         ("quantise demo", "Did you mean 'quantize'"),
         ("quantize demo --overwite", "--overwrite"),
