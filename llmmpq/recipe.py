@@ -199,10 +199,6 @@ class Recipe(_Checked):
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
-def list_recipes() -> tuple[str, ...]:
-    return tuple(sorted(_packaged()))
-
-
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """A packaged recipe by its bare name, anything with a folder or a .yaml/.yml ending as a file."""
     path, packaged = Path(name_or_path), _packaged()
