@@ -111,7 +111,7 @@ class Allocation(_Checked):
     method: Literal["additive", "uniform"] = "additive"
     widths: Widths = (2, 3, 4, 8)
     fuse: bool = False  # q/k/v and gate/up agree
-    pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # fnmatch pattern on linear names -> width
+    pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # pattern, see patterns.py -> width
     time_limit_s: Annotated[float, Rule("above 0", lambda number: number > 0)] = 60.0
 
 
@@ -130,7 +130,7 @@ class Quantizer(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class Output(_Checked):
     max_shard_size: Size = "5GB"
-    keep: tuple[NonEmpty, ...] = ()  # fnmatch patterns on linear names that stay at 16 bits
+    keep: tuple[NonEmpty, ...] = ()  # patterns, see patterns.py, of linears that stay at 16 bits
 
     def __post_init__(self) -> None:
         value: Any = self.max_shard_size

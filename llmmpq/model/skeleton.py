@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
+from llmmpq.patterns import matches
 from llmmpq.records import LinearSpec
 
 # Linears that other runtimes run as one kernel and that must then agree in format. Names of roles, not of models.
@@ -224,7 +224,7 @@ def _inventory(
             if not isinstance(module, nn.Linear):
                 continue
             full_name = f"{block_name}.{name}"
-            matching = {pattern for pattern in keep if fnmatchcase(full_name, pattern) or fnmatchcase(name, pattern)}
+            matching = {pattern for pattern in keep if matches(pattern, full_name)}
             if matching:
                 matched |= matching
                 kept_by_pattern.add(f"{full_name}.weight")
