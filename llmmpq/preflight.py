@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from llmmpq.output import refuse_output
 from llmmpq.planning import budget_of
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
+from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
 BASE_RAM_NBYTES = 450 << 20  # python, torch and transformers, imported
 PROBE_SIZE = {"cpu": 768, "cuda": 4096}  # 4096: keeps a large GPU busy, and takes 0.2 GB of its memory
 COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
 
 
-def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[str, Any]:
+def preflight(session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None = None) -> dict[str, Any]:
     skeleton, recipe = session.skeleton, session.recipe
     budget, nbytes = budget_of(session)
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
@@ -40,9 +42,10 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     on_cpu = session.device.type == "cpu"
     states_nbytes = _states_nbytes(session)
     on_host = states_nbytes if recipe.run.activations == "host" else 0
-    target = _existing_parent(out or Path.cwd())
-    free = shutil.disk_usage(target).free
-    disk_nbytes = output_nbytes + quantized_nbytes
+    folder = Path.cwd() if out is None else out.resolve().parent
+    work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
+    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes)
+    work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
@@ -56,8 +59,8 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     if nbytes < problem.smallest_nbytes:
         needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
         problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
-        ("disk space", disk_nbytes, free),
         ("memory", ram_nbytes, ram_free),
         ("GPU memory", vram_nbytes, vram_free),
     ):
@@ -89,8 +92,10 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
         "ram_free_nbytes": ram_free,
         "vram_nbytes": vram_nbytes,
         "vram_free_nbytes": vram_free,
-        "disk_nbytes": disk_nbytes,
-        "disk_free_nbytes": free,
+        "disk_nbytes": disks[0].needed,
+        "disk_free_nbytes": disks[0].free,
+        "work_disk_nbytes": None if work_disk is None else work_disk.needed,
+        "work_disk_free_nbytes": None if work_disk is None else work_disk.free,
         "seconds": _estimate_seconds(session),
         "kept": [
             {"name": kept.name, "shape": list(kept.shape), "nbytes": kept.nbytes, "reason": kept.reason}
@@ -102,14 +107,48 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     }
 
 
-def check_disk(folder: Path, *, needed: int) -> None:
-    """Fail before spending: the output and the journal of finished blocks must fit."""
-    free = shutil.disk_usage(_existing_parent(folder)).free
-    if free < needed:
-        raise CheckpointError(
-            f"not enough disk space in {folder}: the quantized model and the journal of finished blocks need "
-            f"{needed:,} bytes, {free:,} are free. Free some space or choose another --out."
+@dataclass(frozen=True, kw_only=True)
+class _Disk:
+    """What one file system must hold."""
+
+    folder: Path
+    content: str
+    flags: str
+    needed: int
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(_existing_parent(self.folder)).free
+
+    @property
+    def problem(self) -> str:
+        return (
+            f"not enough disk space in {self.folder}: {self.needed:,} bytes are needed for {self.content}, "
+            f"{self.free:,} are free. Free some space or choose another {self.flags}."
         )
+
+
+def check_disks(out: Path, work_dir: Path, *, output_nbytes: int, journal_nbytes: int) -> None:
+    """Fail before spending: the output and the journal of finished blocks must fit, each on its disk."""
+    for disk in _disks(out.resolve().parent, work_dir, output_nbytes=output_nbytes, journal_nbytes=journal_nbytes):
+        if disk.free < disk.needed:
+            raise CheckpointError(disk.problem)
+
+
+def _disks(folder: Path, work_dir: Path, *, output_nbytes: int, journal_nbytes: int) -> list[_Disk]:
+    """The output's disk, and that of the work folder when it is another."""
+    model, journal = "the quantized model", "the journal of finished blocks"
+    if _file_system(folder) == _file_system(work_dir):
+        needed = output_nbytes + journal_nbytes
+        return [_Disk(folder=folder, content=f"{model} and {journal}", flags="--out or --work-dir", needed=needed)]
+    return [
+        _Disk(folder=folder, content=model, flags="--out", needed=output_nbytes),
+        _Disk(folder=work_dir, content=journal, flags="--work-dir", needed=journal_nbytes),
+    ]
+
+
+def _file_system(folder: Path) -> int:
+    return _existing_parent(folder).stat().st_dev
 
 
 def _existing_parent(path: Path) -> Path:

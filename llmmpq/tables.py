@@ -94,6 +94,7 @@ def show_check(console: Console, result: Row) -> None:
         "Memory": _needed(result["ram_nbytes"], result["ram_free_nbytes"]),
         "GPU memory": _needed(result["vram_nbytes"], result["vram_free_nbytes"]),
         "Disk": _needed(result["disk_nbytes"], result["disk_free_nbytes"]),
+        "Work disk": _needed(result["work_disk_nbytes"], result["work_disk_free_nbytes"]),
         "Time": None if seconds is None else f"about {duration(seconds)} (a rough estimate)",
     }
     _show_rows(console, rows)

@@ -78,6 +78,8 @@ CHECKED = {
     "vram_free_nbytes": None,
     "disk_nbytes": 6_000_000,
     "disk_free_nbytes": 9_000_000_000,
+    "work_disk_nbytes": None,
+    "work_disk_free_nbytes": None,
     "seconds": None,
     "kept": [
         {"name": "model.embed_tokens.weight", "shape": [4096, 256], "nbytes": 2_000_000, "reason": "embedding"},
@@ -291,7 +293,7 @@ def test_plan_takes_several_budgets(pipeline, flags, budgets):
 
 def test_what_the_other_verbs_hand_on(pipeline):
     assert run("check demo --out there --work-dir w --overwrite --quiet") == 0
-    assert pipeline.keywords == {"out": Path("there")}
+    assert pipeline.keywords == {"out": Path("there"), "work_dir": Path("w")}
     assert main(["inspect", "folder"]) == 0
     assert pipeline.called == ("inspect", (Path("folder"),), {})
     assert run("eval folder --baseline demo --text t.txt --window 64 --device cpu --dtype float32") == 0

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from llmmpq import preflight
+from llmmpq.errors import CheckpointError
 from llmmpq.pipeline import check
+from llmmpq.preflight import check_disks
 from llmmpq.recipe import Recipe
 from llmmpq.session import open_session
 from tests import tiny
@@ -29,6 +31,65 @@ def model(tmp_path_factory):
 def recipe_for(model, **changes):
     recipe = Recipe().override({"model": str(model), "budget.avg_bits": 5.0, "quantizer.group_size": 28})
     return recipe.override({key.replace("__", "."): value for key, value in changes.items()})
+
+
+# Disks
+
+
+@pytest.fixture
+def disks(tmp_path, monkeypatch):
+    """Two file systems by their folders, with as many free bytes as a test says."""
+    free = {}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+
+    def name_of(folder):
+        return folder.resolve().relative_to(tmp_path).parts[0]
+
+    monkeypatch.setattr(preflight, "_file_system", name_of)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[name_of(folder)]))
+    return free
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "work", "says"),
+    [
+        (150, 0, "first/work", None),
+        (149, 10**9, "first/work", "150 bytes are needed for the quantized model and the journal .* 149 are free"),
+        (100, 50, "second/deep/work", None),
+        (99, 50, "second/work", "100 bytes are needed for the quantized model, 99 are free.*another --out"),
+        (100, 49, "second/work", "second/work: 50 bytes are needed for the journal.* 49 are free.*another --work-dir"),
+    ],
+)
+def test_each_disk_must_hold_what_is_written_to_it(first, second, work, says, disks, tmp_path):
+    disks |= {"first": first, "second": second}
+
+    def look():
+        check_disks(tmp_path / "first" / "out", tmp_path / work, output_nbytes=100, journal_nbytes=50)
+
+    if says is None:
+        look()
+    else:
+        with pytest.raises(CheckpointError, match=says):
+            look()
+
+
+def test_check_looks_at_both_disks(model, disks, tmp_path):
+    disks |= {"first": 10**9, "second": 1000}
+    found = check(recipe_for(model), out=tmp_path / "first" / "out", work_dir=tmp_path / "second" / "work")
+    assert found["disk_nbytes"] == found["output_nbytes"]
+    assert found["work_disk_nbytes"] == found["quantized_nbytes"]
+    assert (found["disk_free_nbytes"], found["work_disk_free_nbytes"]) == (10**9, 1000)
+    (problem,) = found["problems"]
+    assert "for the journal of finished blocks, 1,000 are free" in problem
+
+
+def test_check_adds_what_one_disk_must_hold(model, disks, tmp_path):
+    disks |= {"first": 10**9}
+    found = check(recipe_for(model), out=tmp_path / "first" / "out")
+    assert found["disk_nbytes"] == found["output_nbytes"] + found["quantized_nbytes"]
+    assert found["work_disk_nbytes"] is None
+    assert found["problems"] == []
 
 
 # Time
