@@ -213,7 +213,7 @@ def check(
 ) -> None:
     """Say what `quantize` with the same flags would do and need. Nothing is written; exit code 2 if it cannot work."""
     with _pipeline(quiet=quiet) as (pipeline, _):
-        result = pipeline.check(recipe, out=out, work_dir=work_dir)
+        result = pipeline.check(recipe, out=out, work_dir=work_dir, overwrite=overwrite)
     _show(tables.show_check, result, as_json=as_json)
     if result["problems"]:
         raise typer.Exit(EXIT_MISTAKE)

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from llmmpq.digest import file_sha256
-from llmmpq.errors import CheckpointError
+from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.hf import LlmmpqConfig
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint, OutputTensor, write_bytes, write_checkpoint, write_text
 from llmmpq.model.skeleton import KeptTensor
 from llmmpq.model.source import companion_files
+from llmmpq.model.tokens import STANDARD_SOURCE
+from llmmpq.recipe import Recipe, load_recipe
 from llmmpq.records import DTYPE_NBYTES, Plan
 
 DIGESTS_FILE = "digests.json"
@@ -75,10 +77,38 @@ def claim_output(
         return False
     if problems:
         raise CheckpointError(f"--out {out} was finished but is damaged ({problems[0]}): redo it with --overwrite")
-    raise CheckpointError(
-        f"--out {out} already holds a quantized model made from other inputs "
-        f"({', '.join(_differences(out, recipe_yaml, provenance, plan))}). Choose another --out, or replace it with "
-        "--overwrite."
+    raise _other_model(out, _differences(out, recipe_yaml, provenance, plan))
+
+
+def foresee_output(out: Path, *, overwrite: bool, recipe: Recipe, provenance: Mapping[str, Any]) -> bool:
+    """What `claim_output` will say, from what is known without hashing the model and reading the text.
+
+    True when `out` seems to be the result of just this run; `provenance` lacks the digests.
+    """
+    refuse_output(out)
+    if overwrite or not out.exists() or not any(out.iterdir()):
+        return False
+    different = _differences(out, _with_stored_source(out, recipe).to_yaml(), provenance, None)
+    if different:
+        raise _other_model(out, different)
+    return True
+
+
+def _with_stored_source(out: Path, recipe: Recipe) -> Recipe:
+    """A source that names no text exactly, such as auto, taken for the one it stood for when `out` was made."""
+    asked = recipe.calibration.source
+    try:
+        stored = load_recipe(out / RECIPE_FILE).calibration.source
+    except RecipeError:
+        return recipe
+    may_be = stored.startswith(asked + ":") if asked != "auto" else stored in ("builtin", STANDARD_SOURCE)
+    return recipe.override({"calibration.source": stored}) if may_be else recipe
+
+
+def _other_model(out: Path, differences: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"--out {out} already holds a quantized model made from other inputs ({', '.join(differences)}). Choose "
+        "another --out, or replace it with --overwrite."
     )
 
 

@@ -124,10 +124,12 @@ def make_plans(
     return plans
 
 
-def check(recipe: Recipe, *, out: Path | None = None, work_dir: Path | None = None) -> dict[str, Any]:
+def check(
+    recipe: Recipe, *, out: Path | None = None, work_dir: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """The preflight: what would happen, what it would cost, what stands in its way."""
     session = open_session(recipe)
-    return preflight(session, unmeasured_problem(session), out=out, work_dir=work_dir)
+    return preflight(session, unmeasured_problem(session), out=out, work_dir=work_dir, overwrite=overwrite)
 
 
 def inspect(folder: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import torch
 
+from llmmpq import __version__
 from llmmpq.allocate.budget import describe
 from llmmpq.allocate.problem import Problem
 from llmmpq.errors import CheckpointError
-from llmmpq.output import refuse_output
+from llmmpq.output import foresee_output
 from llmmpq.planning import budget_of
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
@@ -32,7 +33,9 @@ PROBE_SIZE = {"cpu": 768, "cuda": 4096}  # 4096: keeps a large GPU busy, and tak
 COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
 
 
-def preflight(session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None = None) -> dict[str, Any]:
+def preflight(
+    session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None, overwrite: bool
+) -> dict[str, Any]:
     skeleton, recipe = session.skeleton, session.recipe
     budget, nbytes = budget_of(session)
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
@@ -50,10 +53,11 @@ def preflight(session: Session, problem: Problem, *, out: Path | None, work_dir:
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
-    problems = []
+    problems, notes = [], []
     if out is not None:
         try:
-            refuse_output(out)
+            if foresee_output(out, overwrite=overwrite, recipe=recipe, provenance=_known_provenance(session)):
+                notes.append(f"--out {out} seems to hold this result already: quantize will compare digests, then say")
         except CheckpointError as error:
             problems.append(str(error))
     if nbytes < problem.smallest_nbytes:
@@ -68,7 +72,6 @@ def preflight(session: Session, problem: Problem, *, out: Path | None, work_dir:
             problems.append(f"not enough {what}: about {wanted / 1e9:.2f} GB needed, {there / 1e9:.2f} GB free")
     size = recipe.quantizer.group_size
     short = [spec.name for spec in skeleton.linears if spec.shape[1] % size]
-    notes = []
     if short:
         notes.append(f"{len(short)} linears have a last group of fewer than {size} channels, which costs a full scale")
     if skeleton.ignored:
@@ -149,6 +152,17 @@ def _disks(folder: Path, work_dir: Path, *, output_nbytes: int, journal_nbytes: 
 
 def _file_system(folder: Path) -> int:
     return _existing_parent(folder).stat().st_dev
+
+
+def _known_provenance(session: Session) -> dict[str, Any]:
+    """The provenance of a plan, without what takes long to find: digests of the model's files and of the tokens."""
+    recipe = session.recipe
+    return {
+        "llmmpq": __version__,
+        "model": recipe.model,
+        "revision": recipe.revision,
+        "numerics": session.numerics(),
+    }
 
 
 def _existing_parent(path: Path) -> Path:

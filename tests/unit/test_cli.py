@@ -293,7 +293,7 @@ def test_plan_takes_several_budgets(pipeline, flags, budgets):
 
 def test_what_the_other_verbs_hand_on(pipeline):
     assert run("check demo --out there --work-dir w --overwrite --quiet") == 0
-    assert pipeline.keywords == {"out": Path("there"), "work_dir": Path("w")}
+    assert pipeline.keywords == {"out": Path("there"), "work_dir": Path("w"), "overwrite": True}
     assert main(["inspect", "folder"]) == 0
     assert pipeline.called == ("inspect", (Path("folder"),), {})
     assert run("eval folder --baseline demo --text t.txt --window 64 --device cpu --dtype float32") == 0
