@@ -24,10 +24,11 @@ from llmmpq.digest import cached_digests, digest_of
 from llmmpq.errors import CheckpointError, LlmmpqError
 from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.inference import evaluate, generate, load_model
+from llmmpq.inspection import inspect_folder
 from llmmpq.measure.block_loss import MeasureSettings, measure_block
 from llmmpq.model.stream import BlockStream
 from llmmpq.model.tokens import TokenWindows
-from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, inspect_folder, read_plan, write_output
+from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
 from llmmpq.planning import budget_of, check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Progress, Silent

@@ -136,7 +136,8 @@ def show_inspected(console: Console, result: Row) -> None:
     _show_alarms(console, "warning", result["warnings"])
     _show_alarms(console, "problem", result["problems"])
     if not result["problems"]:
-        _say(console, "Every file is there and has the digest it was written with.")
+        sound = "Every file is there and has the digest it was written with."
+        _say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
 
 
 def show_evaluated(console: Console, result: Row) -> None:

@@ -8,7 +8,7 @@ quantized is either an error that names the layer (kinds we may not skip) or lis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,25 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] 
     )
 
 
-def _meta_model(folder: Path) -> PreTrainedModel:
+def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Block and shape of the named linears of a quantized model, in the order of the model, from config.json alone.
+
+    A linear outside the blocks, which only others pack, counts as one block after the last.
+    """
+    model = _meta_model(folder, quantized=True)
+    block_names = _find_blocks(model)
+    found = {}
+    for name, module in model.named_modules():
+        if name in names and isinstance(module, nn.Linear):
+            block = next((i for i, block in enumerate(block_names) if name.startswith(block + ".")), len(block_names))
+            found[name] = (block, (module.out_features, module.in_features))
+    absent = sorted(set(names) - set(found))
+    if absent:
+        raise CheckpointError(f"{folder / 'config.json'}: 'linears' names {absent[0]!r}, which the model lacks")
+    return found
+
+
+def _meta_model(folder: Path, *, quantized: bool = False) -> PreTrainedModel:
     # transformers answers a damaged config with any kind of exception: whatever it is, the config is at fault.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -94,7 +112,7 @@ def _meta_model(folder: Path) -> PreTrainedModel:
             "(models that bring their own code are not run; trust_remote_code is off)"
         ) from None
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
+    if quantization is not None and not quantized:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(f"{folder} is already quantized ({method}): start from its 16-bit original")
     try:

@@ -105,6 +105,7 @@ INSPECTED = {
     "optimality_gap": None,
     "linears": [{"name": name, **linear} for name, linear in PLAN.to_json()["linears"].items()],
     "problems": [],
+    "verified": True,
     "fallbacks": [],
     "warnings": [],
 }
