@@ -41,7 +41,7 @@ from llmmpq.flags import (
     WorkOption,
 )
 from llmmpq.progress import Progress, Silent, Terminal
-from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.recipe import SEED_RULE, Recipe, load_recipe
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -213,7 +213,7 @@ def check(
 ) -> None:
     """Say what `quantize` with the same flags would do and need. Nothing is written; exit code 2 if it cannot work."""
     with _pipeline(quiet=quiet) as (pipeline, _):
-        result = pipeline.check(recipe, out=out)
+        result = pipeline.check(recipe, out=out, work_dir=work_dir, overwrite=overwrite)
     _show(tables.show_check, result, as_json=as_json)
     if result["problems"]:
         raise typer.Exit(EXIT_MISTAKE)
@@ -302,7 +302,9 @@ def generate(
 ) -> None:
     """Let a model continue a text."""
     run = {"device": device, "dtype": dtype}
-    Recipe().override({f"run.{key}": value for key, value in run.items()} | {"calibration.seed": seed})
+    Recipe().override({f"run.{key}": value for key, value in run.items()})
+    if not SEED_RULE.holds(seed):
+        raise RecipeError(f"--seed is {seed}; allowed: a whole number {SEED_RULE.says}")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     with _pipeline(quiet=False) as (pipeline, _):
         text = pipeline.generate(model, prompt, **settings, **run)

@@ -16,6 +16,8 @@ def _option(kind: Any, *names: str, text: str, panel: str | None = None, metavar
 
 
 BUDGET, CALIBRATION, BITS, QUANTIZER, MACHINE = "Budget", "Calibration", "Choice of bits", "Quantizer", "Machine"
+# The rule of `patterns.matches`, for both; tests/unit/test_patterns.py holds pins to it.
+PATTERN_HELP = "A pattern, with wildcards, is a whole name or all of it after a dot: down_proj, 'layers.0.*'."
 DTYPE_HELP = "What to compute in: auto, float32, bfloat16 or float16."
 
 # Parameter -> the recipe keys it sets, and its declaration. A flag overrides the recipe only when it was given.
@@ -70,7 +72,8 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             "--pin",
             panel=BITS,
             metavar="<pattern=bits>",
-            text="Fix the width of matching matrices, as in '*.down_proj=8'. Repeatable; adds to the recipe's.",
+            text=f"Fix the width of matching matrices, as in 'down_proj=8'. {PATTERN_HELP} Repeatable; adds to the "
+            "recipe's, the last match counts.",
         ),
     ),
     "keep": (
@@ -80,7 +83,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             "--keep",
             panel=BITS,
             metavar="<pattern>",
-            text="Leave matching matrices unquantized. Repeatable; adds to the recipe's.",
+            text=f"Leave matching matrices unquantized. {PATTERN_HELP} Repeatable; adds to the recipe's.",
         ),
     ),
     "quantizer": (

@@ -12,10 +12,10 @@ from llmmpq.errors import CheckpointError
 from llmmpq.evaluate.perplexity import token_nll
 from llmmpq.evaluate.sample import generate_text
 from llmmpq.hf import LlmmpqForCausalLM
+from llmmpq.inspection import is_quantized, plan_of
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.source import resolve_model
 from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
-from llmmpq.output import PLAN_FILE, read_plan
 from llmmpq.progress import Progress, Silent
 from llmmpq.session import load_tokenizer, pick_device
 
@@ -79,7 +79,7 @@ def load_model(model: str, *, device: str = "auto", dtype: str = "auto") -> tupl
         wanted = getattr(torch, wanted)
     # Damage, missing shards and pickled weights are named here, before anything is loaded.
     Checkpoint.open(folder)
-    loader = LlmmpqForCausalLM if (folder / PLAN_FILE).is_file() else AutoModelForCausalLM
+    loader = LlmmpqForCausalLM if is_quantized(folder) else AutoModelForCausalLM
     loaded: PreTrainedModel = loader.from_pretrained(
         str(folder), dtype=wanted, trust_remote_code=False, use_safetensors=True
     )
@@ -93,14 +93,14 @@ def _perplexity(model: str, content: str, window: int, device: str, dtype: str, 
     windows = evaluation_windows(load_tokenizer(folder), content, min(window, longest))
     with progress.task(f"evaluate {model}", len(windows), "windows") as advance:
         result = token_nll(loaded, windows, batch=EVALUATION_BATCH, advance=advance)
-    quantized = (folder / PLAN_FILE).is_file()
+    plan = plan_of(folder)
     return {
         "model": model,
         "window": windows.shape[1],
         "num_tokens": result.num_tokens,
         "nll": result.nll,
         "perplexity": result.perplexity,
-        "bits_per_weight": read_plan(folder / PLAN_FILE).bits_per_weight if quantized else None,
+        "bits_per_weight": None if plan is None else plan.bits_per_weight,
         "total_nbytes": Checkpoint.open(folder).nbytes,
         "tokens_per_second": result.num_tokens / result.seconds,
     }

@@ -1,4 +1,4 @@
-"""The quantized model's folder: written whole or not at all, and read back for inspection.
+"""The quantized model's folder: written whole or not at all, and compared with what a run would write.
 
 A folder is built beside its final place and renamed into it when its last byte is on disk, so an interrupted run
 never leaves something that looks like a model. Nothing in it depends on when, where or how often the run was
@@ -8,7 +8,6 @@ interrupted.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,14 @@ from typing import Any
 import torch
 
 from llmmpq.digest import file_sha256
-from llmmpq.errors import CheckpointError
+from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.hf import LlmmpqConfig
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint, OutputTensor, write_bytes, write_checkpoint, write_text
 from llmmpq.model.skeleton import KeptTensor
 from llmmpq.model.source import companion_files
-from llmmpq.records import DTYPE_NBYTES, Plan
+from llmmpq.model.tokens import STANDARD_SOURCE
+from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.records import Plan
 
 DIGESTS_FILE = "digests.json"
 PLAN_FILE = "plan.json"
@@ -75,10 +76,38 @@ def claim_output(
         return False
     if problems:
         raise CheckpointError(f"--out {out} was finished but is damaged ({problems[0]}): redo it with --overwrite")
-    raise CheckpointError(
-        f"--out {out} already holds a quantized model made from other inputs "
-        f"({', '.join(_differences(out, recipe_yaml, provenance, plan))}). Choose another --out, or replace it with "
-        "--overwrite."
+    raise _other_model(out, _differences(out, recipe_yaml, provenance, plan))
+
+
+def foresee_output(out: Path, *, overwrite: bool, recipe: Recipe, provenance: Mapping[str, Any]) -> bool:
+    """What `claim_output` will say, from what is known without hashing the model and reading the text.
+
+    True when `out` seems to be the result of just this run; `provenance` lacks the digests.
+    """
+    refuse_output(out)
+    if overwrite or not out.exists() or not any(out.iterdir()):
+        return False
+    different = _differences(out, _with_stored_source(out, recipe).to_yaml(), provenance, None)
+    if different:
+        raise _other_model(out, different)
+    return True
+
+
+def _with_stored_source(out: Path, recipe: Recipe) -> Recipe:
+    """A source that names no text exactly, such as auto, taken for the one it stood for when `out` was made."""
+    asked = recipe.calibration.source
+    try:
+        stored = load_recipe(out / RECIPE_FILE).calibration.source
+    except RecipeError:
+        return recipe
+    may_be = stored.startswith(asked + ":") if asked != "auto" else stored in ("builtin", STANDARD_SOURCE)
+    return recipe.override({"calibration.source": stored}) if may_be else recipe
+
+
+def _other_model(out: Path, differences: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"--out {out} already holds a quantized model made from other inputs ({', '.join(differences)}). Choose "
+        "another --out, or replace it with --overwrite."
     )
 
 
@@ -208,7 +237,7 @@ def _json(value: Any) -> str:
 def verify_digests(folder: Path) -> list[str]:
     """What differs from digests.json: nothing, in an intact folder."""
     try:
-        digests = _read_object(folder / DIGESTS_FILE)
+        digests = read_object(folder / DIGESTS_FILE)
     except CheckpointError as error:
         return [str(error)]
     problems = []
@@ -227,71 +256,14 @@ def verify_digests(folder: Path) -> list[str]:
     return problems
 
 
-def inspect_folder(folder: Path) -> dict[str, Any]:
-    """What a quantized folder holds, byte by byte, and whether it is still what was written."""
-    if not (folder / PLAN_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {PLAN_FILE}: not a model quantized by llmmpq")
-    plan = read_plan(folder / PLAN_FILE)
-    report = _read_report(folder / REPORT_FILE)
-    checkpoint = Checkpoint.open(folder)
-    problems = verify_digests(folder)
-    quantized_nbytes, expected_names = 0, set()
-    for name, linear in plan.linears.items():
-        for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
-            entry = checkpoint.entries.get(f"{name}.{key}")
-            expected_names.add(f"{name}.{key}")
-            if entry is None or entry.shape != shape or entry.nbytes != DTYPE_NBYTES[dtype] * math.prod(shape):
-                problems.append(f"{name}.{key} is not stored as plan.json says")
-            else:
-                quantized_nbytes += entry.nbytes
-    return {
-        "folder": str(folder),
-        "layout_version": plan.to_json()["layout_version"],
-        "method": plan.method,
-        "budget": dict(plan.budget),
-        "bits_per_weight": 8 * quantized_nbytes / plan.num_weights,
-        "code_bits_per_weight": plan.code_bits_per_weight,
-        "num_weights": plan.num_weights,
-        "quantized_nbytes": quantized_nbytes,
-        "kept_nbytes": checkpoint.nbytes - quantized_nbytes,
-        "total_nbytes": checkpoint.nbytes,
-        "predicted_loss": plan.predicted_loss,
-        "optimality_gap": plan.optimality_gap,
-        "linears": [
-            {
-                "name": name,
-                "block": linear.block,
-                "role": linear.role,
-                "shape": list(linear.shape),
-                **linear.scheme.to_json(),
-                "nbytes": linear.nbytes,
-            }
-            for name, linear in plan.linears.items()
-        ],
-        "problems": problems,
-        "fallbacks": report["fallbacks"],
-        "warnings": report["warnings"],
-        "kept": report["kept"],
-        "provenance": dict(plan.provenance),
-    }
-
-
 def read_plan(path: Path) -> Plan:
     try:
-        return Plan.from_json(_read_object(path))
+        return Plan.from_json(read_object(path))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    report = _read_object(path)
-    for key in ("fallbacks", "warnings", "kept"):
-        if not isinstance(report.get(key), list):
-            raise CheckpointError(f"{path} lacks the list {key!r}: it is not the file that was written")
-    return report
-
-
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,17 +24,18 @@ from llmmpq.digest import cached_digests, digest_of
 from llmmpq.errors import CheckpointError, LlmmpqError
 from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.inference import evaluate, generate, load_model
+from llmmpq.inspection import inspect_folder
 from llmmpq.measure.block_loss import MeasureSettings, measure_block
 from llmmpq.model.stream import BlockStream
 from llmmpq.model.tokens import TokenWindows
-from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, inspect_folder, read_plan, write_output
+from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
 from llmmpq.planning import budget_of, check_budget, plan_from_file, unmeasured_problem, write_plan
-from llmmpq.preflight import check_disk, preflight
+from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Progress, Silent
 from llmmpq.recipe import Recipe
 from llmmpq.records import PackedTensor, Plan, Sensitivity
 from llmmpq.session import Session, open_session
-from llmmpq.workdir import Stage, WorkDir
+from llmmpq.workdir import DEFAULT_WORK_FOLDER, Stage, WorkDir
 
 __all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model"]
 
@@ -69,7 +70,7 @@ def quantize_model(
         else:
             plan = plan or _planned(session, work, model_digests, windows, progress)
             plan = dataclasses.replace(plan, provenance=provenance)
-            check_disk(out.parent, needed=kept_nbytes + 2 * plan.nbytes)
+            check_disks(out, work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
             stage = work.stage("quantize", _quantize_inputs(session, model_digests, windows, plan))
             resumed, notes = _quantize(session, stage, plan, windows, progress)
             report = _report(session, plan, windows, notes)
@@ -124,10 +125,12 @@ def make_plans(
     return plans
 
 
-def check(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
+def check(
+    recipe: Recipe, *, out: Path | None = None, work_dir: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """The preflight: what would happen, what it would cost, what stands in its way."""
     session = open_session(recipe)
-    return preflight(session, unmeasured_problem(session), out=out)
+    return preflight(session, unmeasured_problem(session), out=out, work_dir=work_dir, overwrite=overwrite)
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -282,7 +285,7 @@ class _Work:
     """The locked work folder of a session's model, with the digests of the model's files."""
 
     def __init__(self, session: Session, out: Path, work_dir: Path | None, progress: Progress) -> None:
-        root = work_dir or out.resolve().parent / ".llmmpq-work"
+        root = work_dir or out.resolve().parent / DEFAULT_WORK_FOLDER
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:

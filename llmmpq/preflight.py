@@ -2,7 +2,8 @@
 
 Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
 original is followed beside the quantized one), the second moments and factor of the widest input, the states. Time
-is the number of multiplications over a rate measured on the spot; it is an estimate and says so.
+is the number of multiplications over a rate measured on the spot, in float32 as the quantizer computes; a GPU runs the
+blocks themselves faster in 16 bits. It is an estimate and says so.
 """
 
 from __future__ import annotations
@@ -10,26 +11,31 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from llmmpq import __version__
 from llmmpq.allocate.budget import describe
 from llmmpq.allocate.problem import Problem
 from llmmpq.errors import CheckpointError
-from llmmpq.output import refuse_output
+from llmmpq.output import foresee_output
 from llmmpq.planning import budget_of
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
+from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
 BASE_RAM_NBYTES = 450 << 20  # python, torch and transformers, imported
-PROBE_SIZE = 768
+PROBE_SIZE = {"cpu": 768, "cuda": 4096}  # 4096: keeps a large GPU busy, and takes 0.2 GB of its memory
 COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
 
 
-def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[str, Any]:
+def preflight(
+    session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None, overwrite: bool
+) -> dict[str, Any]:
     skeleton, recipe = session.skeleton, session.recipe
     budget, nbytes = budget_of(session)
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
@@ -39,24 +45,26 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     on_cpu = session.device.type == "cpu"
     states_nbytes = _states_nbytes(session)
     on_host = states_nbytes if recipe.run.activations == "host" else 0
-    target = _existing_parent(out or Path.cwd())
-    free = shutil.disk_usage(target).free
-    disk_nbytes = output_nbytes + quantized_nbytes
+    folder = Path.cwd() if out is None else out.resolve().parent
+    work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
+    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes)
+    work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
-    problems = []
+    problems, notes = [], []
     if out is not None:
         try:
-            refuse_output(out)
+            if foresee_output(out, overwrite=overwrite, recipe=recipe, provenance=_known_provenance(session)):
+                notes.append(f"--out {out} seems to hold this result already: quantize will compare digests, then say")
         except CheckpointError as error:
             problems.append(str(error))
     if nbytes < problem.smallest_nbytes:
         needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
         problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
-        ("disk space", disk_nbytes, free),
         ("memory", ram_nbytes, ram_free),
         ("GPU memory", vram_nbytes, vram_free),
     ):
@@ -64,7 +72,6 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
             problems.append(f"not enough {what}: about {wanted / 1e9:.2f} GB needed, {there / 1e9:.2f} GB free")
     size = recipe.quantizer.group_size
     short = [spec.name for spec in skeleton.linears if spec.shape[1] % size]
-    notes = []
     if short:
         notes.append(f"{len(short)} linears have a last group of fewer than {size} channels, which costs a full scale")
     if skeleton.ignored:
@@ -88,8 +95,10 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
         "ram_free_nbytes": ram_free,
         "vram_nbytes": vram_nbytes,
         "vram_free_nbytes": vram_free,
-        "disk_nbytes": disk_nbytes,
-        "disk_free_nbytes": free,
+        "disk_nbytes": disks[0].needed,
+        "disk_free_nbytes": disks[0].free,
+        "work_disk_nbytes": None if work_disk is None else work_disk.needed,
+        "work_disk_free_nbytes": None if work_disk is None else work_disk.free,
         "seconds": _estimate_seconds(session),
         "kept": [
             {"name": kept.name, "shape": list(kept.shape), "nbytes": kept.nbytes, "reason": kept.reason}
@@ -101,14 +110,59 @@ def preflight(session: Session, problem: Problem, *, out: Path | None) -> dict[s
     }
 
 
-def check_disk(folder: Path, *, needed: int) -> None:
-    """Fail before spending: the output and the journal of finished blocks must fit."""
-    free = shutil.disk_usage(_existing_parent(folder)).free
-    if free < needed:
-        raise CheckpointError(
-            f"not enough disk space in {folder}: the quantized model and the journal of finished blocks need "
-            f"{needed:,} bytes, {free:,} are free. Free some space or choose another --out."
+@dataclass(frozen=True, kw_only=True)
+class _Disk:
+    """What one file system must hold."""
+
+    folder: Path
+    content: str
+    flags: str
+    needed: int
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(_existing_parent(self.folder)).free
+
+    @property
+    def problem(self) -> str:
+        return (
+            f"not enough disk space in {self.folder}: {self.needed:,} bytes are needed for {self.content}, "
+            f"{self.free:,} are free. Free some space or choose another {self.flags}."
         )
+
+
+def check_disks(out: Path, work_dir: Path, *, output_nbytes: int, journal_nbytes: int) -> None:
+    """Fail before spending: the output and the journal of finished blocks must fit, each on its disk."""
+    for disk in _disks(out.resolve().parent, work_dir, output_nbytes=output_nbytes, journal_nbytes=journal_nbytes):
+        if disk.free < disk.needed:
+            raise CheckpointError(disk.problem)
+
+
+def _disks(folder: Path, work_dir: Path, *, output_nbytes: int, journal_nbytes: int) -> list[_Disk]:
+    """The output's disk, and that of the work folder when it is another."""
+    model, journal = "the quantized model", "the journal of finished blocks"
+    if _file_system(folder) == _file_system(work_dir):
+        needed = output_nbytes + journal_nbytes
+        return [_Disk(folder=folder, content=f"{model} and {journal}", flags="--out or --work-dir", needed=needed)]
+    return [
+        _Disk(folder=folder, content=model, flags="--out", needed=output_nbytes),
+        _Disk(folder=work_dir, content=journal, flags="--work-dir", needed=journal_nbytes),
+    ]
+
+
+def _file_system(folder: Path) -> int:
+    return _existing_parent(folder).stat().st_dev
+
+
+def _known_provenance(session: Session) -> dict[str, Any]:
+    """The provenance of a plan, without what takes long to find: digests of the model's files and of the tokens."""
+    recipe = session.recipe
+    return {
+        "llmmpq": __version__,
+        "model": recipe.model,
+        "revision": recipe.revision,
+        "numerics": session.numerics(),
+    }
 
 
 def _existing_parent(path: Path) -> Path:
@@ -141,9 +195,11 @@ def _largest_tensor(session: Session) -> int:
 
 
 def _estimate_seconds(session: Session) -> float | None:
-    if session.device.type != "cpu":
+    """None where the GPU has no room for the probe: then the memory is the news."""
+    try:
+        rate = _multiplications_per_second(session.device)
+    except torch.OutOfMemoryError:
         return None
-    rate = _multiplications_per_second(session.device)
     recipe = session.recipe
     tokens = recipe.calibration.tokens
     measured = recipe.budget.bits is None and recipe.allocation.method != "uniform"
@@ -166,10 +222,18 @@ def _estimate_seconds(session: Session) -> float | None:
 
 
 def _multiplications_per_second(device: torch.device) -> float:
-    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device)
-    matrix @ matrix
+    size, repeats = PROBE_SIZE[device.type], 4
+    matrix = torch.ones(size, size, device=device)
+    matrix @ matrix  # the first product also starts the library
+    _wait_for(device)
     started = time.perf_counter()
-    repeats = 4
     for _ in range(repeats):
         matrix @ matrix
-    return repeats * PROBE_SIZE**3 / max(time.perf_counter() - started, 1e-6)
+    _wait_for(device)
+    return repeats * size**3 / max(time.perf_counter() - started, 1e-6)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Products on a GPU are only queued when the call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

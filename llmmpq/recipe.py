@@ -57,7 +57,8 @@ Positive = Annotated[int, Rule("of at least 1", lambda number: number >= 1)]
 GroupSize = Annotated[int, Rule(f"from 1 to {LARGEST_GROUP}", lambda number: 1 <= number <= LARGEST_GROUP)]
 Threads = Annotated[int, Rule("from 1 to 1024", lambda number: 1 <= number <= 1024)]
 Window = Annotated[int, Rule("of at least 2", lambda number: number >= 2)]  # one token to read, one to predict
-Seed = Annotated[int, Rule("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]  # what torch's generator takes
+SEED_RULE = Rule("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)  # what torch's generator takes
+Seed = Annotated[int, SEED_RULE]
 Size = Annotated[str, Rule("such as 5GB, 4.5GiB, 200MB or 1000000", _is_size)]
 Device = Annotated[str, Rule("such as auto, cpu or cuda:1", re.compile(r"[a-z]+(:[0-9]+)?").fullmatch)]
 AvgBits = Annotated[float, Rule("above 0 and at most 16", lambda number: 0 < number <= 16)]
@@ -110,7 +111,7 @@ class Allocation(_Checked):
     method: Literal["additive", "uniform"] = "additive"
     widths: Widths = (2, 3, 4, 8)
     fuse: bool = False  # q/k/v and gate/up agree
-    pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # fnmatch pattern on linear names -> width
+    pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # pattern, see patterns.py -> width
     time_limit_s: Annotated[float, Rule("above 0", lambda number: number > 0)] = 60.0
 
 
@@ -129,7 +130,7 @@ class Quantizer(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class Output(_Checked):
     max_shard_size: Size = "5GB"
-    keep: tuple[NonEmpty, ...] = ()  # fnmatch patterns on linear names that stay at 16 bits
+    keep: tuple[NonEmpty, ...] = ()  # patterns, see patterns.py, of linears that stay at 16 bits
 
     def __post_init__(self) -> None:
         value: Any = self.max_shard_size
@@ -196,10 +197,6 @@ class Recipe(_Checked):
         """Every knob, in the order of the classes above; loading it gives an equal recipe."""
         # Escapes beyond ASCII: with allow_unicode PyYAML writes U+0085 bare, and reads it back as a space.
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=False)
-
-
-def list_recipes() -> tuple[str, ...]:
-    return tuple(sorted(_packaged()))
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

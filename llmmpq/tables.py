@@ -94,6 +94,7 @@ def show_check(console: Console, result: Row) -> None:
         "Memory": _needed(result["ram_nbytes"], result["ram_free_nbytes"]),
         "GPU memory": _needed(result["vram_nbytes"], result["vram_free_nbytes"]),
         "Disk": _needed(result["disk_nbytes"], result["disk_free_nbytes"]),
+        "Work disk": _needed(result["work_disk_nbytes"], result["work_disk_free_nbytes"]),
         "Time": None if seconds is None else f"about {duration(seconds)} (a rough estimate)",
     }
     _show_rows(console, rows)
@@ -135,7 +136,8 @@ def show_inspected(console: Console, result: Row) -> None:
     _show_alarms(console, "warning", result["warnings"])
     _show_alarms(console, "problem", result["problems"])
     if not result["problems"]:
-        _say(console, "Every file is there and has the digest it was written with.")
+        sound = "Every file is there and has the digest it was written with."
+        _say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
 
 
 def show_evaluated(console: Console, result: Row) -> None:

@@ -26,6 +26,7 @@ from llmmpq.errors import CheckpointError
 
 # Raise when a change of code changes results: artifacts of older code are then not reused.
 ALGORITHM_VERSION = 1
+DEFAULT_WORK_FOLDER = ".llmmpq-work"  # beside the output, unless --work-dir says otherwise
 
 
 class WorkDir:

@@ -8,9 +8,8 @@ quantized is either an error that names the layer (kinds we may not skip) or lis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
+from llmmpq.patterns import matches
 from llmmpq.records import LinearSpec
 
 # Linears that other runtimes run as one kernel and that must then agree in format. Names of roles, not of models.
@@ -91,7 +91,25 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] 
     )
 
 
-def _meta_model(folder: Path) -> PreTrainedModel:
+def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Block and shape of the named linears of a quantized model, in the order of the model, from config.json alone.
+
+    A linear outside the blocks, which only others pack, counts as one block after the last.
+    """
+    model = _meta_model(folder, quantized=True)
+    block_names = _find_blocks(model)
+    found = {}
+    for name, module in model.named_modules():
+        if name in names and isinstance(module, nn.Linear):
+            block = next((i for i, block in enumerate(block_names) if name.startswith(block + ".")), len(block_names))
+            found[name] = (block, (module.out_features, module.in_features))
+    absent = sorted(set(names) - set(found))
+    if absent:
+        raise CheckpointError(f"{folder / 'config.json'}: 'linears' names {absent[0]!r}, which the model lacks")
+    return found
+
+
+def _meta_model(folder: Path, *, quantized: bool = False) -> PreTrainedModel:
     # transformers answers a damaged config with any kind of exception: whatever it is, the config is at fault.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -101,7 +119,7 @@ def _meta_model(folder: Path) -> PreTrainedModel:
             "(models that bring their own code are not run; trust_remote_code is off)"
         ) from None
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
+    if quantization is not None and not quantized:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(f"{folder} is already quantized ({method}): start from its 16-bit original")
     try:
@@ -231,7 +249,7 @@ def _inventory(
             if not isinstance(module, nn.Linear):
                 continue
             full_name = f"{block_name}.{name}"
-            matching = {pattern for pattern in keep if fnmatchcase(full_name, pattern) or fnmatchcase(name, pattern)}
+            matching = {pattern for pattern in keep if matches(pattern, full_name)}
             if matching:
                 matched |= matching
                 kept_by_pattern.add(f"{full_name}.weight")

@@ -70,8 +70,8 @@ def _invert_lower_(lower: torch.Tensor) -> None:
     below.copy_(torch.mm(tail, torch.mm(below, head)).neg_())
 
 
-def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: int) -> tuple[torch.Tensor, float]:
-    """Codes (uint8), and the damped output error: the sum over rows of (w - dq)' (H + damping) (w - dq)."""
+def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: int) -> torch.Tensor:
+    """The codes (uint8) of the matrix."""
     upper, order, top = factor.upper_KK, factor.order_K, float(grid.largest_code)
     num_rows, num_columns = weight_NK.shape
     rest_KN = weight_NK.float().t()[order]  # a copy, in visiting order
@@ -79,7 +79,6 @@ def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: i
     scales_GN, zeros_GN = grid.scales_NG.t().contiguous(), grid.zeros_NG.t().contiguous()
     group_of = (order // grid.scheme.group_size).tolist()
     column_of = order.tolist()
-    loss = 0.0
     for start in range(0, num_columns, column_block):
         stop = min(start + column_block, num_columns)
         block_KN = rest_KN[start:stop]
@@ -95,7 +94,6 @@ def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: i
             errors_KN[i] = error
             if i + 1 < stop - start:
                 block_KN[i + 1 :].addr_(block_upper[i, i + 1 :], error, alpha=-1)
-        loss += float(errors_KN.square().sum())
         if stop < num_columns:
             rest_KN[stop:].addmm_(upper[start:stop, stop:].t(), errors_KN, alpha=-1)
-    return codes_KN.t().contiguous(), loss
+    return codes_KN.t().contiguous()

@@ -36,7 +36,7 @@ def quantize_linear(
     grid = find_grid(weight_NK, scheme, importance_K)
     if factor is None:
         return Quantized(packed=_packed(round_to_nearest(weight_NK, grid), grid), algorithm="rtn")
-    codes_NK, _ = gptq(weight_NK, grid, factor, column_block=column_block)
+    codes_NK = gptq(weight_NK, grid, factor, column_block=column_block)
     return Quantized(packed=_packed(codes_NK, grid), algorithm="gptq")
 
 

@@ -68,15 +68,7 @@ def _packed_linear(
 
 
 @_packed_linear.register_fake
-def _packed_linear_fake(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-) -> torch.Tensor:
+def _packed_linear_fake(x: torch.Tensor, words: torch.Tensor, *_others: object) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))
 
 

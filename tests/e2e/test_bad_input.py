@@ -522,14 +522,24 @@ def test_a_disk_too_small_for_the_output(attempt: Attempt, small_disk: Callable[
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("num_free", [0, 4, 16])
-def test_a_disk_too_small_for_the_journal(num_free: int, attempt: Attempt, small_disk: Callable[[str], Path]) -> None:
-    """`num_free` pages of 4 KiB are left: nothing, the inputs of a stage, some blocks."""
+@pytest.mark.parametrize(
+    ("num_free", "says"),
+    [
+        (0, "No space left on device"),
+        (4, "No space left on device"),
+        (16, "are needed for the journal of finished blocks"),
+    ],
+)
+def test_a_disk_too_small_for_the_journal(
+    num_free: int, says: str, attempt: Attempt, small_disk: Callable[[str], Path]
+) -> None:
+    """`num_free` pages of 4 KiB are left: nothing, the inputs of a stage, a measurement but not all blocks."""
     disk = small_disk("256k")
     num_pages = shutil.disk_usage(disk).free // 4096
     (disk / "ballast").write_bytes(bytes(4096 * (num_pages - num_free)))
-    attempt.fails("--work-dir", disk / "work", says="No space left on device")
+    attempt.fails("--work-dir", disk / "work", says=says)
     assert leftovers(disk) == []
+    assert list(disk.glob("work/*/quantize-*")) == []
     # Room again: the same command goes on.
     (disk / "ballast").unlink()
     assert run_here(attempt.arguments("--work-dir", disk / "work"), attempt.capsys).code == 0

@@ -25,7 +25,7 @@ def test_the_import_contracts_are_kept() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["llmmpq", "llmmpq.cli", "llmmpq.recipe", "llmmpq.records", "llmmpq.errors", "llmmpq.allocate"],
+    ["llmmpq", "llmmpq.cli", "llmmpq.recipe", "llmmpq.records", "llmmpq.errors", "llmmpq.patterns", "llmmpq.allocate"],
 )
 def test_importing_it_leaves_torch_alone(module: str) -> None:
     code = (

@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmmpq.recipe import Recipe, list_recipes, load_recipe
+from llmmpq.errors import RecipeError
+from llmmpq.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def test_packaged_recipes_are_the_files_of_the_repository():
-    assert list_recipes() == tuple(NAMES)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("no-such-recipe")
+    assert str(caught.value).endswith(f"packaged are: {', '.join(NAMES)}")
     assert {"demo", "8b-24gb-3.5bit", "8b-24gb-2.5bit", "70b-one-gpu", "cpu"} <= set(NAMES)
 
 

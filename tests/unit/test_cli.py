@@ -78,6 +78,8 @@ CHECKED = {
     "vram_free_nbytes": None,
     "disk_nbytes": 6_000_000,
     "disk_free_nbytes": 9_000_000_000,
+    "work_disk_nbytes": None,
+    "work_disk_free_nbytes": None,
     "seconds": None,
     "kept": [
         {"name": "model.embed_tokens.weight", "shape": [4096, 256], "nbytes": 2_000_000, "reason": "embedding"},
@@ -103,6 +105,7 @@ INSPECTED = {
     "optimality_gap": None,
     "linears": [{"name": name, **linear} for name, linear in PLAN.to_json()["linears"].items()],
     "problems": [],
+    "verified": True,
     "fallbacks": [],
     "warnings": [],
 }
@@ -291,7 +294,7 @@ def test_plan_takes_several_budgets(pipeline, flags, budgets):
 
 def test_what_the_other_verbs_hand_on(pipeline):
     assert run("check demo --out there --work-dir w --overwrite --quiet") == 0
-    assert pipeline.keywords == {"out": Path("there")}
+    assert pipeline.keywords == {"out": Path("there"), "work_dir": Path("w"), "overwrite": True}
     assert main(["inspect", "folder"]) == 0
     assert pipeline.called == ("inspect", (Path("folder"),), {})
     assert run("eval folder --baseline demo --text t.txt --window 64 --device cpu --dtype float32") == 0
@@ -405,6 +408,7 @@ def test_problems_are_shown_and_give_exit_code_2(pipeline, verb, as_json, capsys
         ("eval folder --dtype int8", "float32"),
         ("eval folder --window 1", "--window"),
         ("generate folder", "Missing option '--prompt'"),
+        ("generate folder --prompt Once --seed -1", "^error: --seed is -1; allowed: a whole number from 0"),
         ("inspect", "Missing argument 'DIR'"),
         ("quantise demo", "Did you mean 'quantize'"),
         ("quantize demo --overwite", "--overwrite"),

@@ -1,4 +1,4 @@
-"""GPTQ against its definition: the factor inverts, the loss is the true one, and plain rounding is beaten."""
+"""GPTQ against its definition: the factor inverts, the codes are those of step by step, plain rounding is beaten."""
 
 import pytest
 import torch
@@ -46,6 +46,27 @@ def dequantize(codes: torch.Tensor, grid) -> torch.Tensor:
 def quadratic(change: torch.Tensor, matrix: torch.Tensor) -> float:
     change = change.double()
     return float(((change @ matrix.double()) * change).sum())
+
+
+def by_definition(weight: torch.Tensor, grid, matrix: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Round a column, let those that are left answer for its error as well as they can, and so on, in float64."""
+    weight, codes = weight.double(), torch.empty(weight.shape, dtype=torch.uint8)
+    for position, column in enumerate(order):
+        left = order[position:]
+        inverse = torch.linalg.inv(matrix[left][:, left])
+        group = column // grid.scheme.group_size
+        scale, zero = grid.scales_NG[:, group].double(), grid.zeros_NG[:, group].double()
+        code = (weight[:, column] / scale).round().add(zero).clamp(0, 2**grid.scheme.bits - 1)
+        error = (weight[:, column] - (code - zero) * scale) / inverse[0, 0]
+        weight[:, left] -= error[:, None] * inverse[0]
+        codes[:, column] = code
+    return codes
+
+
+def assert_same_rounding(codes: torch.Tensor, expected: torch.Tensor, *, losses: tuple[float, float]) -> None:
+    # Float noise decides ties now and then, and each decision moves the columns after it.
+    assert (codes == expected).double().mean() > 0.98
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 # The factor
@@ -145,25 +166,27 @@ def test_what_cannot_be_factored_is_given_up(activation_order):
 @either_order
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_loss_is_the_damped_output_error_of_the_change(bits, symmetric, activation_order):
+def test_the_codes_are_those_of_the_definition(bits, symmetric, activation_order):
     moment = moment_of(correlated_inputs(400, 100))
     factor = factorize(moment, damping=0.01, activation_order=activation_order)
-    weight = randn(24, 100)
+    weight, matrix = randn(24, 100), damped(moment, factor.damping)
     grid = find_grid(weight, Scheme(bits=bits, group_size=32, symmetric=symmetric), moment.diagonal())
-    codes, loss = gptq(weight, grid, factor, column_block=32)
-    exact = quadratic(weight - dequantize(codes, grid), damped(moment, factor.damping))
-    assert loss == pytest.approx(exact, rel=1e-3)
+    codes = gptq(weight, grid, factor, column_block=32)
+    expected = by_definition(weight, grid, matrix, factor.order_K.tolist())
+    losses = tuple(quadratic(weight - dequantize(found, grid), matrix) for found in (codes, expected))
+    assert_same_rounding(codes, expected, losses=losses)
 
 
-def test_the_loss_with_dead_channels():
+def test_dead_channels_are_rounded_to_nearest():
     inputs = correlated_inputs(400, 60)
     inputs[:, [0, 31, 59]] = 0
     moment = moment_of(inputs)
     factor = factorize(moment, damping=0.01, activation_order=True)
     weight = randn(10, 60)
     grid = find_grid(weight, Scheme(bits=3, group_size=20), moment.diagonal())
-    codes, loss = gptq(weight, grid, factor, column_block=16)
-    assert loss == pytest.approx(quadratic(weight - dequantize(codes, grid), damped(moment, factor.damping)), rel=1e-3)
+    codes = gptq(weight, grid, factor, column_block=16)
+    expected = by_definition(weight, grid, damped(moment, factor.damping), factor.order_K.tolist())
+    assert (codes == expected).double().mean() > 0.98
     # Nothing is moved into or out of a channel that never fires: it is rounded to nearest.
     nearest = round_to_nearest(weight, grid)
     assert torch.equal(codes[:, [0, 31, 59]], nearest[:, [0, 31, 59]])
@@ -180,7 +203,7 @@ def test_the_true_output_error_is_below_that_of_rounding(bits, at_most, symmetri
     scheme = Scheme(bits=bits, group_size=32, symmetric=symmetric)
     grid = find_grid(weight, scheme, moment.diagonal())
     factor = factorize(moment, damping=0.01, activation_order=activation_order)
-    codes, _ = gptq(weight, grid, factor, column_block=128)
+    codes = gptq(weight, grid, factor, column_block=128)
     errors = [
         float((unseen.double() @ (weight - dequantize(found, grid)).t()).square().mean())
         for found in (codes, round_to_nearest(weight, grid))
@@ -195,11 +218,11 @@ def test_the_column_block_is_only_a_matter_of_speed(column_block, activation_ord
     factor = factorize(moment, damping=0.01, activation_order=activation_order)
     weight = randn(24, 100)
     grid = find_grid(weight, Scheme(bits=3, group_size=32), moment.diagonal())
-    expected, expected_loss = gptq(weight, grid, factor, column_block=100)
-    codes, loss = gptq(weight, grid, factor, column_block=column_block)
-    assert loss == pytest.approx(expected_loss, rel=0.02)
-    # Float noise decides ties now and then, and each decision moves the columns after it.
-    assert (codes == expected).double().mean() > 0.98
+    expected = gptq(weight, grid, factor, column_block=100)
+    codes = gptq(weight, grid, factor, column_block=column_block)
+    matrix = damped(moment, factor.damping)
+    losses = tuple(quadratic(weight - dequantize(found, grid), matrix) for found in (codes, expected))
+    assert_same_rounding(codes, expected, losses=losses)
 
 
 def test_activation_order_leaves_no_trace_in_the_stored_matrix():
@@ -211,18 +234,17 @@ def test_activation_order_leaves_no_trace_in_the_stored_matrix():
     assert order.tolist() != list(range(64))
     scheme = Scheme(bits=4, group_size=64)  # one group, so that permuting keeps the grid
     grid = find_grid(weight, scheme, moment.diagonal())
-    codes, loss = gptq(weight, grid, factor, column_block=64)
+    codes = gptq(weight, grid, factor, column_block=64)
     permuted = factorize(moment[order][:, order], damping=0.01, activation_order=False)
-    expected, expected_loss = gptq(weight[:, order], grid, permuted, column_block=64)
+    expected = gptq(weight[:, order], grid, permuted, column_block=64)
     assert torch.equal(codes[:, order], expected)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 
 def test_uncorrelated_channels_are_rounded_to_nearest():
     factor = factorize(torch.diag(randn(40).square() + 0.1), damping=0.01, activation_order=True)
     weight = randn(16, 40)
     grid = find_grid(weight, Scheme(bits=4, group_size=16), torch.ones(40))
-    codes, _ = gptq(weight, grid, factor, column_block=8)
+    codes = gptq(weight, grid, factor, column_block=8)
     assert torch.equal(codes, round_to_nearest(weight, grid))
 
 
@@ -232,10 +254,9 @@ def test_codes_stay_within_the_width_when_errors_pile_up(bits):
     factor = factorize(moment, damping=1e-3, activation_order=False)
     weight = 3 * randn(16, 64) ** 3
     grid = find_grid(0.1 * weight, Scheme(bits=bits, group_size=16), moment.diagonal())  # far too narrow
-    codes, loss = gptq(weight, grid, factor, column_block=16)
+    codes = gptq(weight, grid, factor, column_block=16)
     assert codes.dtype == torch.uint8
     assert int(codes.max()) <= 2**bits - 1
-    assert torch.isfinite(torch.tensor(loss))
 
 
 def test_the_weight_is_left_as_it_was():
@@ -260,7 +281,7 @@ def test_what_is_packed_is_what_was_decided(bits, symmetric, with_factor):
     quantized = quantize_linear(weight, scheme, importance_K=moment.diagonal(), factor=factor, column_block=32)
     assert quantized.algorithm == ("gptq" if with_factor else "rtn")
     grid = find_grid(weight, scheme, moment.diagonal())
-    codes = gptq(weight, grid, factor, column_block=32)[0] if with_factor else round_to_nearest(weight, grid)
+    codes = gptq(weight, grid, factor, column_block=32) if with_factor else round_to_nearest(weight, grid)
     found = dequantized(quantized.packed, torch.float32)
     torch.testing.assert_close(found, dequantize(codes, grid).float(), rtol=1e-6, atol=0)
     stored = {name: tuple(tensor.shape) for name, tensor in quantized.packed.tensors().items()}
