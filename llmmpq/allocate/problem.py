@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from llmmpq.errors import InfeasibleBudgetError, RecipeError
+from llmmpq.patterns import matches
 from llmmpq.records import LinearSpec, Scheme, Sensitivity
 
 
@@ -64,12 +64,10 @@ def match_pins(linears: Iterable[LinearSpec], pins: Mapping[str, int]) -> dict[s
     specs = list(linears)
     pinned: dict[str, int] = {}
     for pattern, bits in pins.items():
-        matches = [
-            spec.name for spec in specs if fnmatchcase(spec.name, pattern) or fnmatchcase(spec.name, f"*.{pattern}")
-        ]
-        if not matches:
+        matching = [spec.name for spec in specs if matches(pattern, spec.name)]
+        if not matching:
             raise RecipeError(f"pin {pattern!r} matches no linear; names look like {specs[0].name!r}")
-        pinned |= dict.fromkeys(matches, bits)
+        pinned |= dict.fromkeys(matching, bits)
     return pinned
 
 

@@ -27,7 +27,7 @@ instead of u was rejected: it costs vocabulary x hidden^2 per token, more than t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,23 +60,28 @@ class Perturbations:
 
 
 class Ride:
-    """Carries the states of every candidate from block to block."""
+    """Carries the probe's states from block to block: the base's, the original's, and those of every candidate.
+
+    `entering` holds the probe's embedded windows, one sequence each. The original is followed apart only where the
+    base is something else.
+    """
 
     def __init__(
         self,
         store: StateStore,
+        entering: list[torch.Tensor],
         *,
         tokens_per_forward: int,
-        with_rounding: bool,
+        base_is_original: bool,
+        with_rounding: bool = False,
     ) -> None:
         self.store = store
         self.tokens_per_forward = tokens_per_forward
-        self.with_rounding = with_rounding
         self.num_rows = 0
         self.num_forwards = 0.0
-        self._base: list[torch.Tensor] = []
-        self._original: list[torch.Tensor] | None = None
-        self._rounded: list[torch.Tensor] = []
+        self._base = list(entering)
+        self._original = None if base_is_original else list(entering)
+        self._rounded = list(entering) if with_rounding else None
 
     @torch.no_grad()
     def through(
@@ -87,45 +92,39 @@ class Ride:
         on_forward: Callable[[float], None],
     ) -> None:
         """Move everything through one block, whose weights are the base's; its own candidates join."""
-        num_windows = len(self.store.shapes)
-        states = [block.states[window] for window in range(num_windows)]
-        earlier = self.num_rows
-        for window in range(num_windows):
-            step = max(1, self.tokens_per_forward // states[window].shape[1])
+        num_windows, earlier = len(self._base), self.num_rows
+        for window, base in enumerate(self._base):
+            step = max(1, self.tokens_per_forward // base.shape[1])
             for start in range(0, earlier, step):
                 rows = slice(start, min(start + step, earlier))
-                moved = block.run_many(self.store.read(window, rows))
-                self.store.write(window, rows, moved)
+                self.store.write(window, rows, block.run_many(self.store.read(window, rows)))
                 self._count((rows.stop - start) / num_windows, on_forward)
         for spec, weight in candidates:
             linear = block.linear(spec)
             base_weight = linear.weight.data
             linear.weight.data = weight
             row = slice(self.num_rows, self.num_rows + 1)
-            for window, output in self._forward(block, states):
+            for window, output in enumerate(self._forward(block, self._base)):
                 self.store.write(window, row, output)
             linear.weight.data = base_weight
             self.num_rows += 1
             self._count(1, on_forward)
-        self._base = [output for _, output in self._forward(block, states)]
+        self._base = list(self._forward(block, self._base))
         self._count(1, on_forward)
-        if block.original_states is not None:
+        if self._original is not None:
             with block.with_original_weights():
-                following = block.original_states[:num_windows]
-                self._original = [output for _, output in self._forward(block, following)]
+                self._original = list(self._forward(block, self._original))
             self._count(1, on_forward)
-        if self.with_rounding:
-            entering = self._rounded or states
-            self._rounded = [block.run_rounded(state, torch.bfloat16) for state in entering]
+        if self._rounded is not None:
+            with block.with_original_weights():
+                self._rounded = [block.run_rounded(state, torch.bfloat16) for state in self._rounded]
             self._count(1, on_forward)
 
-    def _forward(self, block: Block, states: list[torch.Tensor]) -> Iterable[tuple[int, torch.Tensor]]:
+    def _forward(self, block: Block, states: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """One forward for as many windows as it may hold."""
         step = max(1, self.tokens_per_forward // states[0].shape[1])
         for start in range(0, len(states), step):
-            group = states[start : start + step]
-            for offset, output in enumerate(block.run_many(torch.cat(group)).split(1)):
-                yield start + offset, output
+            yield from block.run_many(torch.cat(states[start : start + step])).split(1)
 
     def _count(self, num: float, on_forward: Callable[[float], None]) -> None:
         self.num_forwards += num
@@ -135,9 +134,8 @@ class Ride:
     def perturbations(self, around: Around, *, on_tokens: Callable[[int], None]) -> Perturbations:
         """Norm, head and products, one chunk of tokens at a time."""
         total = _Sums(self.num_rows)
-        for window in range(len(self.store.shapes)):
-            num_tokens = self.store.shapes[window][1]
-            base = self._base[window]
+        for window, base in enumerate(self._base):
+            num_tokens = base.shape[1]
             step = max(1, CHUNK_NUM_LOGITS // ((self.num_rows + 2) * _vocabulary(around)))
             for start in range(0, num_tokens, step):
                 tokens = slice(start, min(start + step, num_tokens))
@@ -146,7 +144,7 @@ class Ride:
                 if self._original is not None:
                     original_TV = around.logits(self._original[window][:, tokens])[0].float()
                 rounded_TV = None
-                if self._rounded:
+                if self._rounded is not None:
                     rounded_TV = around.logits(self._rounded[window][:, tokens].to(base.dtype))[0].float()
                 logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
                 total.add(logits_CTV, base_TV, original_TV, rounded_TV)

@@ -26,6 +26,9 @@ from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import Skeleton
 from llmmpq.records import LinearSpec
 
+M_MMAP_THRESHOLD = -3  # from malloc.h
+MMAP_THRESHOLD_NBYTES = 1 << 20
+
 InputHook = Callable[[LinearSpec, torch.Tensor], None]
 
 
@@ -201,6 +204,7 @@ class BlockStream:
         self.states_device = torch.device("cpu") if states_on_host else device
 
     def __iter__(self) -> Iterator[Block]:
+        _keep_tensors_out_of_the_heap()
         skeleton = self.skeleton
         states, arguments, broadcasts = self._embed()
         original_states = list(states) if self.follow_original else None
@@ -287,8 +291,18 @@ class _Caller:
         return hidden
 
 
-def _give_back_freed_memory() -> None:
-    """glibc keeps freed tensors of some megabytes in its heap, which fragments a little more with every block."""
+def _keep_tensors_out_of_the_heap() -> None:
+    """Have glibc give every tensor of a megabyte or more pages of its own, which go back when it is freed.
+
+    By default glibc raises that threshold to 32 MB as tensors are freed, and keeps smaller ones in a heap that
+    fragments a little more with every block: the peak then grows with the number of blocks.
+    """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no malloc_trim, and less need of it
+        with suppress(OSError, AttributeError):  # another C library has no mallopt, and less need of it
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_NBYTES)
+
+
+def _give_back_freed_memory() -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
