@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from llmmpq.allocate.program import Reduced
-from llmmpq.allocate.relax import Convex, relax
+from llmmpq.allocate.relax import Convex, Relaxed, relax
 from llmmpq.allocate.search import mend, polish
 
 NODES_AT_A_TIME = 64
@@ -36,21 +36,19 @@ def branch(
     root: Node,
     *,
     penalty: float,
-    incumbent_U: np.ndarray,
-    incumbent_loss: float,
-    cutoff: Callable[[float], float],
-    stop: Callable[[float, np.ndarray, float], bool],
-) -> tuple[np.ndarray, float, float]:
-    """(best choice, its loss, lower bound). `cutoff(loss)`: bounds at or above it need no further splitting."""
+    cutoff: float,
+    offer: Callable[[np.ndarray], float],
+    stop: Callable[[float], bool],
+) -> float:
+    """A lower bound of the losses below the cutoff. Bounds at or above the cutoff need no further splitting;
+    `offer` takes a choice that fits and returns the cutoff from then on. `stop` is told the bound so far."""
     queue: list[tuple[float, int, Node]] = [(root.bound, 0, root)]
-    best_U, best, closed, count = incumbent_U, incumbent_loss, np.inf, 1
-    while queue:
-        if queue[0][0] >= cutoff(best):
-            break
-        if stop(min(queue[0][0], closed), best_U, best) or len(queue) * reduced.num_options > MEMORY_NUMBERS:
+    closed, count = np.inf, 1
+    while queue and queue[0][0] < cutoff:
+        if stop(min(queue[0][0], closed)) or len(queue) * reduced.num_slots > MEMORY_NUMBERS:
             break
         children: list[Node] = []
-        while queue and len(children) < NODES_AT_A_TIME and queue[0][0] < cutoff(best):
+        while queue and len(children) < NODES_AT_A_TIME and queue[0][0] < cutoff:
             children += _split(reduced, convex, heappop(queue)[2])
         if not children:
             continue
@@ -62,45 +60,46 @@ def branch(
             penalty=penalty,
             sweeps=SWEEPS_PER_NODE,
         )
-        promising = int(np.argmin(solved.bound_B))
+        for index in _worth_rounding(reduced, solved):
+            found = mend(reduced, _taken(reduced, solved.point_BN[index]))
+            if found is not None:
+                cutoff = offer(polish(reduced, found, stop=lambda: False))
         for index, child in enumerate(children):
             bound = max(child.bound, float(solved.bound_B[index]))
-            if bound >= cutoff(best):
+            if bound >= cutoff:
                 closed = min(closed, bound)
                 continue
-            point = solved.point_BN[index]
-            grid = point.reshape(reduced.num_units, reduced.width)
-            if index == promising or grid.max(axis=1).min() > 0.99:
-                found = mend(reduced, reduced.firsts + grid.argmax(axis=1))
-                if found is not None:
-                    found = polish(reduced, found, stop=lambda: False)
-                    loss = reduced.loss(found)
-                    if loss < best:
-                        best_U, best = found, loss
-            limit = cutoff(best)
-            struck = child.allowed_N & (float(solved.bound_B[index]) + solved.reduced_BN[index] >= limit)
-            if struck.any():
-                closed = min(closed, limit)
-            allowed = child.allowed_N & ~struck
-            rows = allowed.reshape(reduced.num_units, reduced.width)
-            if not rows.any(axis=1).all() or not _can_fit(reduced, rows):
+            useless = float(solved.bound_B[index]) + solved.reduced_BN[index] >= cutoff
+            if (child.allowed_N & useless).any():
+                closed = min(closed, cutoff)
+            rows = (child.allowed_N & ~useless).reshape(reduced.num_units, reduced.width)
+            if not _can_fit(reduced, rows):
                 continue
             if (rows.sum(axis=1) == 1).all():
                 only = reduced.firsts + rows.argmax(axis=1)
-                loss = reduced.loss(only)
-                if loss < best and reduced.fits(only):
-                    best_U, best = only, loss
+                if reduced.fits(only):
+                    cutoff = offer(only)
+                    closed = min(closed, reduced.loss(only))
                 continue
             node = Node(
                 bound=bound,
-                allowed_N=allowed,
-                point_N=_within(point, rows).astype(np.float32),
+                allowed_N=rows.reshape(-1),
+                point_N=_within(solved.point_BN[index], rows).astype(np.float32),
                 prices_K=solved.prices_BK[index],
             )
             heappush(queue, (bound, count, node))
             count += 1
-    open_bound = queue[0][0] if queue else np.inf
-    return best_U, best, float(min(open_bound, closed, best))
+    return float(min(queue[0][0] if queue else np.inf, closed))
+
+
+def _taken(reduced: Reduced, point_N: np.ndarray) -> np.ndarray:
+    return reduced.firsts + point_N.reshape(-1, reduced.width).argmax(axis=1)
+
+
+def _worth_rounding(reduced: Reduced, solved: Relaxed) -> list[int]:
+    """The child of least bound, and those that are all but integral."""
+    certain = solved.point_BN.reshape(len(solved.point_BN), -1, reduced.width).max(axis=2).min(axis=1)
+    return sorted({int(solved.bound_B.argmin()), *np.flatnonzero(certain > 0.99).tolist()})
 
 
 def _split(reduced: Reduced, convex: Convex, node: Node) -> list[Node]:
@@ -139,6 +138,8 @@ def _within(point_N: np.ndarray, allowed_UW: np.ndarray) -> np.ndarray:
 
 
 def _can_fit(reduced: Reduced, allowed_UW: np.ndarray) -> bool:
+    if not allowed_UW.any(axis=1).all():
+        return False
     largest = np.iinfo(np.int64).max
     for k, limit in enumerate(reduced.limits):
         if int(np.where(allowed_UW, reduced.costs_KN[k].reshape(allowed_UW.shape), largest).min(axis=1).sum()) > limit:

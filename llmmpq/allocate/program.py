@@ -3,12 +3,15 @@
     minimise  constant + linear'x + x' gram x
     subject to  sum over the options of a unit x = 1,  costs[k] . x <= limits[k],  x binary
 
-`Program` is what a caller states. `Reduced` is what the search works on, equal in value on every choice it keeps:
-units with a single option are folded into the constants, limits that cannot bind are dropped, units are padded to one
-number of options (so that a loop over units is array arithmetic), and the within-unit products, of which only the
-squares can ever be nonzero, are folded into the linear term:
+`Program` is what a caller states. `Reduced` is what the search works on: units are padded to one number of options (so
+that a loop over units is array arithmetic), and the within-unit products, of which only the squares can ever be
+nonzero, are folded into the linear term:
 
     loss(x) = constant + self'x + x' pair x,   pair = gram with zero within-unit blocks,  self = linear + diag(gram)
+
+`narrow` makes a smaller one of it, equal in value on every choice that is still allowed: units with one option left are
+folded into the constants, options that cannot fit beside the cheapest of all others and limits that cannot bind are
+dropped.
 
 Shapes: U units, O options of all units, K limits, W options per padded unit, N = U W.
 """
@@ -92,21 +95,20 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class Reduced:
-    """The padded pair form; `free` are the units of the program with a choice, in order."""
+    """The padded pair form. A choice is the slot (0 <= slot < N) taken in each unit."""
 
     num_units: int
     width: int
     pair_NN: np.ndarray
-    blocks_UWW: np.ndarray  # the within-unit blocks of the Gram matrix: where the shift may start from
+    blocks_UWW: np.ndarray  # within-unit blocks that make pair positive semidefinite: what the shift starts from
     self_N: np.ndarray
     constant: float
     costs_KN: np.ndarray
     limits: tuple[int, ...]
     allowed_UW: np.ndarray
-    free: tuple[int, ...]
 
     @property
-    def num_options(self) -> int:
+    def num_slots(self) -> int:
         return self.num_units * self.width
 
     @property
@@ -123,62 +125,99 @@ class Reduced:
     def fits(self, picked_U: np.ndarray) -> bool:
         return all(int(self.costs_KN[k, picked_U].sum()) <= limit for k, limit in enumerate(self.limits))
 
-    def expand(self, picked_U: np.ndarray, num_units: int) -> tuple[int, ...]:
-        """The choice in the program's units; the folded ones have only option 0."""
-        choice = np.zeros(num_units, dtype=np.int64)
-        choice[list(self.free)] = picked_U - self.firsts
-        return tuple(int(option) for option in choice)
 
-    def shrink(self, choice: Sequence[int]) -> np.ndarray:
-        return self.firsts + np.asarray(choice, dtype=np.int64)[list(self.free)]
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is left of a whole after options were struck out, and the way back."""
+
+    reduced: Reduced
+    settled_U: np.ndarray  # the whole's slot of each settled unit
+    units: np.ndarray  # the whole's units that still have a choice
+    slot_N: np.ndarray  # the whole's slot of each slot
+
+    def lift(self, picked_U: np.ndarray) -> np.ndarray:
+        whole = self.settled_U.copy()
+        whole[self.units] = self.slot_N[picked_U]
+        return whole
 
 
 def reduce_program(program: Program) -> Reduced:
     sizes, starts = np.asarray(program.sizes), program.starts
-    fixed = starts[sizes == 1]
-    free = np.flatnonzero(sizes > 1)
-    gram, width = program.gram_OO, int(sizes.max())
-    limits = [limit - int(program.costs_KO[k, fixed].sum()) for k, limit in enumerate(program.limits)]
-
-    slots = starts[free][:, None] + np.arange(width)[None, :]
-    allowed = np.arange(width)[None, :] < sizes[free][:, None]
-    source = np.where(allowed, slots, starts[free][:, None]).reshape(-1)
-    pair = 0.5 * (gram + gram.T)
-    linear = program.linear_O + 2 * pair[:, fixed].sum(axis=1)
-    constant = program.constant + program.linear_O[fixed].sum() + pair[np.ix_(fixed, fixed)].sum()
-    self_N = (linear + np.diag(gram))[source]
-    padded = ~allowed.reshape(-1)
-    if not np.array_equal(source, np.arange(len(pair))):
+    width = int(sizes.max())
+    allowed = np.arange(width)[None, :] < sizes[:, None]
+    source = np.where(allowed, starts[:, None] + np.arange(width)[None, :], starts[:, None]).reshape(-1)
+    pair = 0.5 * (program.gram_OO + program.gram_OO.T)
+    if not allowed.all():
         pair = pair[np.ix_(source, source)]
-    pair[padded, :] = 0.0
-    pair[:, padded] = 0.0
-    blocks = np.zeros((len(free), width, width))
-    for unit in range(len(free)):
+    _clear(pair, ~allowed.reshape(-1))
+    blocks = np.zeros((len(sizes), width, width))
+    for unit in range(len(sizes)):
         here = slice(unit * width, (unit + 1) * width)
         blocks[unit] = pair[here, here]
         pair[here, here] = 0.0
-    costs = program.costs_KO[:, source]
-
-    # An option that cannot fit beside the smallest of all others is no option.
-    for k, limit in enumerate(limits):
-        grid = np.where(allowed, costs[k].reshape(-1, width), np.iinfo(np.int64).max)
-        if len(free):
-            smallest = grid.min(axis=1)
-            allowed = allowed & (grid <= limit - int(smallest.sum()) + smallest[:, None])
-    binding = [k for k, limit in enumerate(limits) if _largest_total(costs[k], allowed) > limit]
     return Reduced(
-        num_units=len(free),
+        num_units=len(sizes),
         width=width,
         pair_NN=pair,
         blocks_UWW=blocks,
-        self_N=self_N,
-        constant=float(constant),
-        costs_KN=costs[binding],
-        limits=tuple(limits[k] for k in binding),
+        self_N=(program.linear_O + np.diag(program.gram_OO))[source],
+        constant=program.constant,
+        costs_KN=program.costs_KO[:, source],
+        limits=program.limits,
         allowed_UW=allowed,
-        free=tuple(int(unit) for unit in free),
     )
 
 
-def _largest_total(costs_N: np.ndarray, allowed_UW: np.ndarray) -> int:
-    return int(np.where(allowed_UW, costs_N.reshape(allowed_UW.shape), 0).max(axis=1, initial=0).sum())
+def narrow(whole: Reduced, allowed_UW: np.ndarray) -> Part | None:
+    """The whole with only these options; None when nothing that fits is left."""
+    grids = whole.costs_KN.reshape(-1, whole.num_units, whole.width)
+    allowed = allowed_UW & whole.allowed_UW
+    while True:
+        if not allowed.any(axis=1).all():
+            return None
+        kept = allowed.copy()
+        for grid, limit in zip(grids, whole.limits, strict=True):
+            smallest = np.where(allowed, grid, np.iinfo(np.int64).max).min(axis=1)
+            kept &= grid <= limit - int(smallest.sum()) + smallest[:, None]
+        if np.array_equal(kept, allowed):
+            break
+        allowed = kept
+    counts = allowed.sum(axis=1)
+    settled = np.where(counts == 1, whole.firsts + allowed.argmax(axis=1), -1)
+    done, units = settled[counts == 1], np.flatnonzero(counts > 1)
+    width = int(counts.max()) if len(units) else 1
+    order = np.argsort(~allowed[units], axis=1, kind="stable")[:, :width]
+    slots = (whole.firsts[units][:, None] + order).reshape(-1)
+    rows = np.arange(width)[None, :] < counts[units][:, None]
+
+    same = np.array_equal(slots, np.arange(whole.num_slots))
+    pair = whole.pair_NN if same else whole.pair_NN[np.ix_(slots, slots)]
+    if not rows.all():
+        pair = pair.copy() if same else pair
+        _clear(pair, ~rows.reshape(-1))
+    limits = [limit - int(whole.costs_KN[k, done].sum()) for k, limit in enumerate(whole.limits)]
+    costs = whole.costs_KN[:, slots]
+    binding = [
+        k
+        for k, limit in enumerate(limits)
+        if int(np.where(rows, costs[k].reshape(rows.shape), 0).max(axis=1, initial=0).sum()) > limit
+    ]
+    own = np.arange(len(units))[:, None, None]
+    reduced = Reduced(
+        num_units=len(units),
+        width=width,
+        pair_NN=pair,
+        blocks_UWW=whole.blocks_UWW[units][own, order[:, :, None], order[:, None, :]],
+        self_N=whole.self_N[slots] + 2 * whole.pair_NN[np.ix_(done, slots)].sum(axis=0),
+        constant=whole.loss(done),
+        costs_KN=costs[binding],
+        limits=tuple(limits[k] for k in binding),
+        allowed_UW=rows,
+    )
+    return Part(reduced=reduced, settled_U=settled, units=units, slot_N=slots)
+
+
+def _clear(matrix_NN: np.ndarray, dead_N: np.ndarray) -> None:
+    if dead_N.any():
+        matrix_NN[dead_N, :] = 0.0
+        matrix_NN[:, dead_N] = 0.0

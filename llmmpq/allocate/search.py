@@ -39,7 +39,7 @@ def anneal(
         if stop():
             break
         temperature = hottest * (1 - sweep / max(1, sweeps - 1)) ** 2
-        noise = -temperature * np.log(-np.log(random.random(reduced.num_options)))
+        noise = -temperature * np.log(-np.log(random.random(reduced.num_slots)))
         for unit in random.permutation(reduced.num_units):
             here = slice(unit * width, (unit + 1) * width)
             best = unit * width + int((field[here] + priced[here] - noise[here]).argmin())
@@ -62,7 +62,7 @@ def _typical_step(reduced: Reduced, priced_field_N: np.ndarray) -> float:
 
 def cheapest_start(reduced: Reduced) -> np.ndarray:
     """The choice of least cost on the first limit; it fits whenever a single limit can be met."""
-    cost = reduced.costs_KN[0] if len(reduced.limits) else np.zeros(reduced.num_options, dtype=np.int64)
+    cost = reduced.costs_KN[0] if len(reduced.limits) else np.zeros(reduced.num_slots, dtype=np.int64)
     largest = np.iinfo(np.int64).max
     grid = np.where(reduced.allowed_UW, cost.reshape(reduced.num_units, reduced.width), largest)
     return reduced.firsts + grid.argmin(axis=1)

@@ -22,6 +22,8 @@ plain Gram matrix leaves tens of percent on small measured problems; a shift of 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from llmmpq.allocate.program import Reduced
@@ -50,13 +52,14 @@ def centre(reduced: Reduced, picked_U: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return matrix, change
 
 
-def make_convex(reduced: Reduced, *, picked_U: np.ndarray, matrix_NN: np.ndarray, change_N: np.ndarray) -> Convex:
+def make_convex(reduced: Reduced, *, constant: float, matrix_NN: np.ndarray, change_N: np.ndarray) -> Convex:
+    """`constant` is the loss of the reference choice."""
     return Convex(
         num_units=reduced.num_units,
         width=reduced.width,
         matrix_NN=matrix_NN,
         linear_N=change_N - np.diag(matrix_NN),
-        constant=reduced.loss(picked_U),
+        constant=constant,
         shares_KN=limit_shares(reduced),
     )
 
@@ -96,30 +99,28 @@ def barrier_weights(reduced: Reduced, *, point_N: np.ndarray, reduced_N: np.ndar
 
 
 class Shifter:
-    """P, and the inverse of the part of it that still moves, between passes.
+    """Barrier steps on the blocks of the active options of P, the others held as they are.
 
-    What is kept is the Schur complement of the part held fixed: its inverse is a block of P's inverse.
+    What is kept is the Schur complement of the held part: its inverse is the active block of P's inverse.
     """
 
-    def __init__(self, matrix_NN: np.ndarray, live_L: np.ndarray, unit_of_N: np.ndarray) -> None:
+    def __init__(self, matrix_NN: np.ndarray, *, live_L: np.ndarray, active: np.ndarray, unit_of_N: np.ndarray) -> None:
         self.matrix_NN = matrix_NN
-        self.live_L = live_L
+        self.live_L = live_L[active]
         self.unit_of_N = unit_of_N
-        self.schur_LL = matrix_NN[np.ix_(live_L, live_L)]
+        held = live_L[~active]
+        self.schur_LL = matrix_NN[np.ix_(self.live_L, self.live_L)]
+        if len(held):
+            cross = matrix_NN[np.ix_(held, self.live_L)]
+            self.schur_LL -= cross.T @ np.linalg.solve(matrix_NN[np.ix_(held, held)], cross)
         self.inverse_LL = np.linalg.inv(self.schur_LL)
-
-    def restrict(self, keep: np.ndarray) -> None:
-        """Hold the rows and columns of the other live options as they are from now on."""
-        self.inverse_LL = self.inverse_LL[np.ix_(keep, keep)]
-        self.schur_LL = np.linalg.inv(self.inverse_LL)
-        self.live_L = self.live_L[keep]
 
     def sweep(self, *, weight_N: np.ndarray, barrier: float) -> None:
         """The closed-form step for every unit's block in turn, COLUMNS_AT_A_TIME of them to one update."""
         units = self.unit_of_N[self.live_L]
         edges = [0, *(np.flatnonzero(units[1:] != units[:-1]) + 1).tolist(), len(units)]
         group: list[slice] = []
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             group.append(slice(first, last))
             if last - group[0].start >= COLUMNS_AT_A_TIME or last == len(units):
                 self._step(group, weight_N=weight_N, barrier=barrier)
