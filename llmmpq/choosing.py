@@ -44,9 +44,7 @@ def choose_plan(job: Job, *, avg_bits: float | None = None) -> Plan:
     return _refined(job, plan, nbytes, budget) if with_pairs and allocation.refine else plan
 
 
-def _solved(
-    job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool
-) -> Plan:
+def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool) -> Plan:
     allocation = job.session.recipe.allocation
     problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
     check_feasible(problem, nbytes, budget)

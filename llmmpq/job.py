@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmmpq import __version__
 from llmmpq.digest import cached_digests, digest_of
 from llmmpq.errors import CheckpointError
-from llmmpq.output import DEFAULT_WORK_FOLDER
 from llmmpq.progress import Progress
 from llmmpq.session import Session, Tokens
-from llmmpq.workdir import WorkDir
+from llmmpq.workdir import DEFAULT_WORK_FOLDER, WorkDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,7 @@ class Job:
     model_digests: Mapping[str, str]
     tokens: Tokens
     progress: Progress
+    done: set[tuple[str, int]] = field(default_factory=set)  # stages and blocks quantized by this very run
 
     def provenance(self) -> dict[str, Any]:
         session, calibration, probe = self.session, self.tokens.calibration, self.tokens.probe

@@ -129,7 +129,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
             for block in stream:
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
                 if finished is not None:
-                    save_packed(finished, block.index, result)
+                    save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
         found = finish_ride(job, stream, ride, label="measure pairs around the plan")
     finally:
@@ -241,5 +241,3 @@ def _save(stage: Stage, sensitivity: Sensitivity) -> None:
             "linear": torch.from_numpy(sensitivity.quadratic.linear_O),
         }
     stage.save("sensitivity", sensitivity.to_json(), arrays)
-
-

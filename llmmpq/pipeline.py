@@ -11,31 +11,26 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmmpq import __version__
-from llmmpq.allocate.problem import build_problem
-from llmmpq.allocate.solve import check_feasible, solve, to_plan, uniform
-from llmmpq.digest import cached_digests, digest_of
-from llmmpq.errors import CheckpointError, LlmmpqError
-from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, fallbacks, quantize_block
+from llmmpq.choosing import choose_plan
+from llmmpq.errors import CheckpointError
+from llmmpq.execute import fallbacks
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.inspection import inspect_folder
-from llmmpq.measure.block_loss import MeasureSettings, measure_block
-from llmmpq.model.stream import BlockStream
-from llmmpq.model.tokens import TokenWindows
+from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
-from llmmpq.planning import budget_of, check_budget, plan_from_file, unmeasured_problem, write_plan
+from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Progress, Silent
+from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.recipe import Recipe
-from llmmpq.records import PackedTensor, Plan, Sensitivity
+from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
-from llmmpq.workdir import DEFAULT_WORK_FOLDER, Stage, WorkDir
+from llmmpq.workdir import Stage
 
 __all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model"]
 
@@ -68,7 +63,7 @@ def quantize_model(
         else:
             plan = plan or choose_plan(job)
             plan = dataclasses.replace(plan, provenance=provenance)
-            check_disks(out, work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
+            check_disks(out, job.work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
             stage = quantize_stage(job, plan)
             resumed, notes = quantize_blocks(job, stage, plan)
             report = _report(job, plan, notes)

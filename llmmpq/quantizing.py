@@ -16,6 +16,7 @@ from llmmpq.model.stream import Block, BlockStream
 from llmmpq.progress import Progress
 from llmmpq.quantize.linear import dequantized
 from llmmpq.records import PackedTensor, Plan, Scheme
+from llmmpq.session import Session
 from llmmpq.workdir import Stage
 
 # Of all sequences together in one forward: enough to keep the device busy, little beside the states.
@@ -49,10 +50,10 @@ def quantize_blocks(
             known = stage.load_block(block.index)
             if known is None:
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: advance(1))
-                save_packed(stage, block.index, result)
+                save_packed(job, stage, block.index, result)
             else:
                 result = _unflat(known, plan)
-                resumed += 1
+                resumed += (stage.digest, block.index) not in job.done
                 advance(len(block.linears))
                 if settings.sequential:
                     apply_result(block, result)
@@ -70,9 +71,7 @@ def probe_kl(job: Job, plan: Plan) -> float:
     return finish_ride(job, stream, ride, label="measure the plan").base_kl
 
 
-def start_ride(
-    job: Job, stream: BlockStream, *, num_rows: int, folder: Path, base_is_original: bool
-) -> Ride:
+def start_ride(job: Job, stream: BlockStream, *, num_rows: int, folder: Path, base_is_original: bool) -> Ride:
     """The probe, embedded and ready for the first block, with room for the states of `num_rows` candidates."""
     with stream.around() as around, torch.no_grad():
         entering = [around.embed(window[None].to(stream.device)).to(stream.dtype) for window in job.tokens.probe.ids]
@@ -116,11 +115,12 @@ def finish_ride(job: Job, stream: BlockStream, ride: Ride, *, label: str) -> Per
         return ride.perturbations(whole, on_tokens=advance)
 
 
-def save_packed(stage: Stage, index: int, result: BlockResult) -> None:
+def save_packed(job: Job, stage: Stage, index: int, result: BlockResult) -> None:
     tensors = {
         f"{name}.{key}": tensor for name, packed in result.packed.items() for key, tensor in packed.tensors().items()
     }
     stage.save_block(index, result.notes, tensors)
+    job.done.add((stage.digest, index))
 
 
 def execute_settings(session: Session) -> ExecuteSettings:
@@ -151,8 +151,9 @@ def stream_of(job: Job, *, follow_original: bool, dtype: torch.dtype | None = No
 
 
 def name_changes(stage: Stage, what: str, progress: Progress) -> None:
-    if stage.changed:
-        progress.note(f"{' and '.join(stage.changed)} changed since the last {what} here: it is done anew")
+    changed = [what for what in stage.changed if what != "plan"]  # another budget brings another plan: no surprise
+    if changed:
+        progress.note(f"{' and '.join(changed)} changed since the last {what} here: it is done anew")
 
 
 def _unflat(known: tuple[dict[str, Any], dict[str, torch.Tensor]], plan: Plan) -> BlockResult:

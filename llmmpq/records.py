@@ -220,13 +220,14 @@ class Plan:
     budget: Mapping[str, Any]
     predicted_loss: float | None = None
     optimality_gap: float | None = None
+    measured_kl: float | None = None  # on the probe, with everything quantized as the plan says
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kinds in (("method", str), ("budget", Mapping), ("provenance", Mapping)):
             if not isinstance(getattr(self, name), kinds):
                 raise CheckpointError(f"the plan's {name!r} is {getattr(self, name)!r}, expected {kinds.__name__}")
-        for name in ("predicted_loss", "optimality_gap"):
+        for name in ("predicted_loss", "optimality_gap", "measured_kl"):
             value = getattr(self, name)
             if value is not None and (type(value) not in (int, float)):
                 raise CheckpointError(f"the plan's {name!r} is {value!r}, expected a number or null")
@@ -261,6 +262,7 @@ class Plan:
             "code_bits_per_weight": round(self.code_bits_per_weight, 6),
             "predicted_loss": self.predicted_loss,
             "optimality_gap": self.optimality_gap,
+            "measured_kl": self.measured_kl,
             "provenance": dict(self.provenance),
             "linears": {
                 name: {
@@ -293,6 +295,7 @@ class Plan:
             budget=data.get("budget", {}),
             predicted_loss=data.get("predicted_loss"),
             optimality_gap=data.get("optimality_gap"),
+            measured_kl=data.get("measured_kl"),
             provenance=data.get("provenance", {}),
         )
 

@@ -76,12 +76,12 @@ class Session:
     def tokens(self) -> Tokens:
         """What to calibrate on, and apart from it the probe that plans are measured on."""
         recipe = self.recipe
-        window = recipe.calibration.window
+        window, wanted = recipe.calibration.window, (recipe.calibration.tokens, recipe.measurement.tokens)
         drawn = load_tokens(
             load_tokenizer(self.folder),
             source=recipe.calibration.source,
             # Whole windows of both, so that neither takes from the other.
-            num_tokens=sum(max(1, n // window) * window for n in (recipe.calibration.tokens, recipe.measurement.tokens)),
+            num_tokens=sum(max(1, num // window) * window for num in wanted),
             window=window,
             seed=recipe.calibration.seed,
             max_window=self.max_window(),

@@ -44,7 +44,9 @@ def candidates_of(
     """
     groups = block.input_groups()
     unreached = [spec for spec in block.linears if all(spec not in group for group in groups)]
-    warnings += [f"{spec.name}: no calibration token reached it; its options count as equally good" for spec in unreached]
+    warnings += [
+        f"{spec.name}: no calibration token reached it; its options count as equally good" for spec in unreached
+    ]
     moments = {group[0].name: Moment(group[0].shape[1], device=block.device) for group in groups}
     leaders = [group[0] for group in groups]
     outputs = block.run_with_inputs(lambda spec, inputs: moments[spec.name].add(inputs), leaders)
