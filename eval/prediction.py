@@ -132,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     out = args.out or Path(__file__).parent / "results" / f"prediction-{Path(args.model).name}"
-    started = time.monotonic()
+    started, versions = time.monotonic(), provenance()
 
     recipe = load_recipe(args.recipe).override({"model": args.model, "calibration.source": "builtin"})
     session = open_session(recipe)
@@ -176,7 +176,7 @@ def main() -> None:
         "rounding_kl": sensitivity.quadratic.rounding_kl if sensitivity.quadratic else None,
         "pair_term_error_of_float32": precision,
         "seconds": round(time.monotonic() - started),
-        **provenance(),
+        **versions,
     }
     table = tables(plans, pairs)
     save(out, meta, table, plans, pairs, title=f"{Path(args.model).name}, probe of {probe.numel()} tokens")
