@@ -124,13 +124,14 @@ class Shifter:
         if len(held):
             cross = matrix_NN[np.ix_(held, self.live_L)]
             self.schur_LL -= cross.T @ np.linalg.solve(matrix_NN[np.ix_(held, held)], cross)
-        self.inverse_LL = np.linalg.inv(self.schur_LL)
+        self.inverse_LL = self.schur_LL  # until the first pass
 
     def sweep(self, *, weight_N: np.ndarray, barrier: float) -> bool:
         """The closed-form step for every unit's block in turn, COLUMNS_AT_A_TIME of them to one update.
 
         False where rounding has left P indefinite: the pass is then to be undone.
         """
+        self.inverse_LL = np.linalg.inv(self.schur_LL)
         units = self.unit_of_N[self.live_L]
         edges = [0, *(np.flatnonzero(units[1:] != units[:-1]) + 1).tolist(), len(units)]
         group: list[slice] = []
@@ -139,10 +140,7 @@ class Shifter:
             if last - group[0].start >= COLUMNS_AT_A_TIME or last == len(units):
                 self._step(group, weight_N=weight_N, barrier=barrier)
                 group = []
-        if not _is_positive(self.schur_LL, lift=ROUNDING):
-            return False
-        self.inverse_LL = np.linalg.inv(self.schur_LL)
-        return True
+        return _is_positive(self.schur_LL, lift=ROUNDING)
 
     def _step(self, group: list[slice], *, weight_N: np.ndarray, barrier: float) -> None:
         start, stop = group[0].start, group[-1].stop
