@@ -55,7 +55,11 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "seed": (("calibration.seed",), _option(int, "--seed", panel=CALIBRATION, text="Which sequences are drawn.")),
     "method": (
         ("allocation.method",),
-        _option(str, "--method", panel=BITS, metavar="<additive|uniform>", text="How widths are chosen."),
+        _option(str, "--method", panel=BITS, metavar="<iqp|additive|local|uniform>", text="How widths are chosen."),
+    ),
+    "refine": (
+        ("allocation.refine",),
+        _option(int, "--refine", panel=BITS, text="How often to measure again around the plan and choose again."),
     ),
     "widths": (
         ("allocation.widths",),
@@ -127,7 +131,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     ),
 }
 # What a plan file has already decided.
-DECIDED_BY_A_PLAN = ("avg_bits", "bits", "method", "widths", "fuse", "pin", "group_size", "symmetric")
+DECIDED_BY_A_PLAN = ("avg_bits", "bits", "method", "refine", "widths", "fuse", "pin", "group_size", "symmetric")
 
 ModelArgument = Annotated[
     str | None,
