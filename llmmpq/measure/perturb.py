@@ -178,10 +178,10 @@ class _Sums:
             logits_CTV, base_TV, original_TV = logits_CTV[:, known_T], base_TV[known_T], original_TV[known_T]
             rounded_TV = None if rounded_TV is None else rounded_TV[known_T]
         p_TV = original_TV.softmax(-1)
-        base_change_TV = _centred(base_TV - original_TV, p_TV)
+        base_change_TV = centred_change(base_TV - original_TV, p_TV)
         if rounded_TV is not None:
-            change_TV = _centred(rounded_TV - original_TV, p_TV)
-            self.rounding_kl = (self.rounding_kl or 0.0) + float(_kl(change_TV, p_TV).double().sum())
+            change_TV = centred_change(rounded_TV - original_TV, p_TV)
+            self.rounding_kl = (self.rounding_kl or 0.0) + float(kl_of_change(change_TV, p_TV).double().sum())
         # In place from here: the logits become the changes and then the rows u.
         change_CTV = logits_CTV.sub_(base_TV)
         broken_C = ~torch.isfinite(change_CTV.sum((1, 2)))
@@ -189,9 +189,9 @@ class _Sums:
             self.broken |= broken_C.cpu()
             change_CTV[broken_C] = 0.0
         change_CTV.sub_(_mean(change_CTV, p_TV)[..., None])
-        kl_C = _kl(change_CTV + base_change_TV, p_TV).double().sum(-1)
+        kl_C = kl_of_change(change_CTV + base_change_TV, p_TV).double().sum(-1)
         self.kl[1:] += kl_C.cpu()
-        self.kl[0] += float(_kl(base_change_TV, p_TV).double().sum())
+        self.kl[0] += float(kl_of_change(base_change_TV, p_TV).double().sum())
         root_TV = p_TV.sqrt()
         rows = torch.cat([base_change_TV[None], change_CTV]).mul_(root_TV).flatten(1)
         for start in range(0, len(rows), ROW_BLOCK):
@@ -225,11 +225,11 @@ def _mean(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...tv,tv->...t", change, p_TV)
 
 
-def _centred(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+def centred_change(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     return change - _mean(change, p_TV)[..., None]
 
 
-def _kl(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+def kl_of_change(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     """KL(p || p') where the logits of p' differ by `change`, whose mean under p is zero.
 
     It is log E_p[exp(change)]; written with expm1, so that small changes do not drown in the 1.
