@@ -203,22 +203,26 @@ class _Sums:
         if rounded_TV is not None:
             change_TV = _centred(rounded_TV - original_TV, p_TV)
             self.rounding_kl = (self.rounding_kl or 0.0) + float(_kl(change_TV, p_TV).double().sum())
-        # In place from here: the logits become the changes and then the rows u.
+        # In place from here: the logits become the changes and then the rows u. Every pass over them counts.
         change_CTV = logits_CTV.sub_(base_TV)
-        broken_C = ~torch.isfinite(change_CTV.sum((1, 2)))
+        mean_CT = _mean(change_CTV, p_TV)
+        broken_C = ~torch.isfinite(mean_CT.sum(1))
         if bool(broken_C.any()):
             self.broken |= broken_C.cpu()
-            change_CTV[broken_C] = 0.0
-        change_CTV.sub_(_mean(change_CTV, p_TV)[..., None])
-        kl_C = _kl(change_CTV + base_change_TV, p_TV).double().sum(-1)
+            change_CTV[broken_C], mean_CT[broken_C] = 0.0, 0.0
+        change_CTV.sub_(mean_CT[..., None])
+        moved = bool(base_change_TV.any())
+        kl_C = _kl(change_CTV + base_change_TV if moved else change_CTV, p_TV).double().sum(-1)
         self.kl[1:] += kl_C.cpu()
         self.kl[0] += float(_kl(base_change_TV, p_TV).double().sum())
         root_TV = p_TV.sqrt()
-        rows = torch.cat([base_change_TV[None], change_CTV]).mul_(root_TV).flatten(1)
+        rows, base_row = change_CTV.mul_(root_TV).flatten(1), base_change_TV.mul_(root_TV).flatten()
+        self.gram[0, 0] += (base_row @ base_row).double().cpu()
+        self.gram[1:, 0] += (rows @ base_row).double().cpu()
         for start in range(0, len(rows), ROW_BLOCK):
             part = rows[start : start + ROW_BLOCK]
             end = start + len(part)
-            self.gram[start:end, :end] += (part @ rows[:end].t()).double().cpu()
+            self.gram[start + 1 : end + 1, 1 : end + 1] += (part @ rows[:end].t()).double().cpu()
         self.num_tokens += len(p_TV)
 
     def result(self, num_forwards: float) -> Perturbations:
