@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmmpq.errors import LlmmpqError, RecipeError
-from llmmpq.execute import quantize_block
+from llmmpq.errors import LlmmpqError
+from llmmpq.execute import apply_result, quantize_block
 from llmmpq.job import Job
 from llmmpq.measure.block_loss import measure_block
 from llmmpq.measure.candidates import MeasureSettings, candidates_of
-from llmmpq.measure.pairs import MAX_NUM_PAIRS, Candidates, LoadedModel, count_pairs, count_passes, to_gram
+from llmmpq.measure.pairs import Candidates, LoadedModel, count_passes, to_gram
 from llmmpq.measure.perturb import Perturbations, expected_forwards
 from llmmpq.model.stream import Block
+from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.linear import dequantized
 from llmmpq.quantizing import (
     TOKENS_PER_FORWARD,
     execute_settings,
     finish_ride,
+    load_packed,
     name_changes,
     quantize_stage,
     ride_through,
@@ -33,6 +35,7 @@ from llmmpq.quantizing import (
     stream_of,
 )
 from llmmpq.records import LinearSpec, Plan, Quadratic, Scheme, Sensitivity
+from llmmpq.ridejournal import RideJournal
 from llmmpq.workdir import Stage
 
 Options = Mapping[str, tuple[Scheme, ...]]
@@ -93,13 +96,20 @@ def measure_pairs(job: Job) -> Sensitivity:
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
+        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        rows += journal.resume(warnings=warnings)
         with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
+            advance(int(ride.num_forwards))
             for block in stream:
-                ride.through(block, candidates(block), on_forward=advance)
+                if block.index > journal.last_block:
+                    ride.through(block, candidates(block), on_forward=advance)
+                    journal.save(block.index, rows, warnings=warnings)
         found = finish_ride(job, stream, ride, label="measure pairs")
     finally:
         ride.store.close()
-    return _finished(job, stage, found, rows, warnings, around=None)
+    sensitivity = _finished(job, stage, found, rows, warnings, around=None)
+    journal.close()
+    return sensitivity
 
 
 def measure_around(job: Job, plan: Plan) -> Sensitivity:
@@ -120,23 +130,34 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
         return known
     settings = execute_settings(job.session)
     dtype = _dtype(job)
-    finished = quantize_stage(job, plan) if dtype == job.session.dtype else None
+    # In another arithmetic the blocks come out a little different, and are not those of the final model.
+    finished = quantize_stage(job, plan) if dtype == job.session.dtype else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
     try:
+        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        rows += journal.resume(warnings=[], needs=lambda index: finished.load_block(index) is not None)
         num_forwards = expected_forwards(per_block, extra=2)
         with job.progress.task("measure around the plan", num_forwards, "block passes") as advance:
+            advance(int(ride.num_forwards))
             for block in stream:
+                if block.index <= journal.last_block:
+                    known_block = load_packed(finished, block.index, plan)
+                    if settings.sequential and known_block is not None:
+                        apply_result(block, known_block)
+                    continue
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
-                if finished is not None:
-                    save_packed(job, finished, block.index, result)
+                save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
+                journal.save(block.index, rows, warnings=[])
         found = finish_ride(job, stream, ride, label="measure pairs around the plan")
     finally:
         ride.store.close()
-    return _finished(job, stage, found, rows, [], around=plan)
+    sensitivity = _finished(job, stage, found, rows, [], around=plan)
+    journal.close()
+    return sensitivity
 
 
 def measure_every_pair(job: Job) -> Sensitivity:
@@ -147,8 +168,8 @@ def measure_every_pair(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    per_linear = [[len(options[spec.name]) for spec in specs] for specs in _blocks(job)]
-    _check_small(job, options, per_linear)
+    check_every_pair(job.session)
+    num_passes = count_passes(pair_sizes(job.session))
     settings, warnings = _measure_settings(job), list[str]()
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True, keep_loaded=True)
     try:
@@ -162,7 +183,7 @@ def measure_every_pair(job: Job) -> Sensitivity:
             own = tuple(weights[spec.name, position] for position in range(len(options[spec.name])))
             candidates.append(Candidates(spec=spec, first_row=num_rows, weights=own))
             num_rows += len(own)
-        with job.progress.task("measure every pair", count_passes(per_linear), "block passes") as advance:
+        with job.progress.task("measure every pair", num_passes, "block passes") as advance:
             model = LoadedModel(
                 blocks,
                 candidates,
@@ -193,33 +214,11 @@ def measure_every_pair(job: Job) -> Sensitivity:
         base_kl=0.0,
         rounding_kl=None,
         num_tokens=job.tokens.probe.num_tokens - model.num_excluded,
-        num_forwards=count_passes(per_linear),
+        num_forwards=num_passes,
         num_excluded=model.num_excluded,
     )
     rows = [(spec.name, scheme) for spec in linears for scheme in options[spec.name]]
     return _finished(job, stage, found, rows, [*warnings, *said], around=None)
-
-
-def _check_small(job: Job, options: Options, per_linear: list[list[int]]) -> None:
-    """Every pair is only for models whose weights, and those of all candidates, fit in memory, and for few pairs."""
-    num_pairs, num_forwards = count_pairs(per_linear), count_passes(per_linear) / len(per_linear)
-    nbytes = sum(
-        spec.num_weights * (1 + len(options[spec.name])) * _dtype(job).itemsize for spec in job.session.skeleton.linears
-    )
-    allowed = job.session.recipe.measurement.memory_nbytes
-    if num_pairs <= MAX_NUM_PAIRS and nbytes <= allowed:
-        return
-    reason = (
-        f"at most {MAX_NUM_PAIRS:,} pairs are taken on"
-        if num_pairs > MAX_NUM_PAIRS
-        else f"weights and candidates take {nbytes / 1e9:.2g} GB, and measurement.memory is {allowed / 1e9:.2g} GB"
-    )
-    raise RecipeError(
-        f"allocation.method is pairs, which runs every two candidates together: {len(job.session.skeleton.linears)} "
-        f"linears with {sum(map(sum, per_linear))} options make {num_pairs:,} pairs, as much work as "
-        f"{num_forwards:,.0f} forwards of the whole model over {job.tokens.probe.num_tokens:,} tokens; {reason}. "
-        "Use iqp, which gets all pairs from one forward per candidate, or fewer allocation.widths."
-    )
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:

@@ -23,8 +23,9 @@ from llmmpq import __version__
 from llmmpq.allocate.budget import describe
 from llmmpq.allocate.problem import Problem
 from llmmpq.errors import CheckpointError
+from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
-from llmmpq.planning import budget_of
+from llmmpq.planning import budget_of, pair_sizes
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
@@ -243,6 +244,10 @@ def _measuring_multiplications(session: Session) -> float:
         return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
     config = skeleton.model.config.get_text_config()
     num_candidates = num_options * len(skeleton.linears)
+    if recipe.allocation.method == "pairs":
+        sizes, weights = pair_sizes(session), sum(spec.num_weights for spec in skeleton.linears)
+        head = (count_pairs(sizes) + num_candidates) * config.vocab_size * config.hidden_size
+        return probe * (count_passes(sizes) / len(sizes) * weights + head)
     joined, forwards = 0, 0.0
     for specs in blocks:
         joined += num_options * len(specs)
@@ -254,7 +259,7 @@ def _measuring_multiplications(session: Session) -> float:
 def _waiting_nbytes(session: Session) -> int:
     """The states of all candidates of the cross-layer measurement."""
     recipe = session.recipe
-    if not _is_measured(session) or recipe.allocation.method == "local":
+    if not _is_measured(session) or recipe.allocation.method in ("local", "pairs"):
         return 0
     num_candidates = len(recipe.allocation.widths) * len(session.skeleton.linears)
     hidden = session.skeleton.model.config.get_text_config().hidden_size

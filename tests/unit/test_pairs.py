@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmmpq import measuring, pipeline
+from llmmpq import measuring, pipeline, planning
 from llmmpq.errors import RecipeError
 from llmmpq.job import open_job
 from llmmpq.measure.candidates import candidates_of
@@ -197,9 +197,10 @@ def test_passes_are_as_many_as_the_formula_says(folder, text, tmp_path):
 def test_too_large_a_model_is_refused_with_the_work_it_would_take(
     folder, text, tmp_path, monkeypatch, most, memory, says
 ):
-    monkeypatch.setattr(measuring, "MAX_NUM_PAIRS", most)
+    monkeypatch.setattr(planning, "MAX_NUM_PAIRS", most)
     with pytest.raises(RecipeError, match=says) as caught:
-        measure(recipe_of(folder, text, **{"measurement.memory": memory}), tmp_path)
+        pipeline.quantize_model(recipe_of(folder, text, **{"measurement.memory": memory}), out=tmp_path / "out")
+    assert not (tmp_path / ".llmmpq-work").exists()
     assert "21 linears with 42 options make 840 pairs" in str(caught.value)
     assert "forwards of the whole model over 64 tokens" in str(caught.value)
 
