@@ -22,10 +22,10 @@ import torch
 from llmmpq import __version__
 from llmmpq.allocate.budget import describe
 from llmmpq.allocate.problem import Problem
-from llmmpq.errors import CheckpointError
+from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
-from llmmpq.planning import budget_of, pair_sizes
+from llmmpq.planning import budget_of, check_every_pair, pair_sizes
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
@@ -68,6 +68,11 @@ def preflight(
     if nbytes < problem.smallest_nbytes:
         needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
         problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    if _is_measured(session) and recipe.allocation.method == "pairs":
+        try:
+            check_every_pair(session)
+        except RecipeError as error:
+            problems.append(str(error))
     problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
         ("memory", ram_nbytes, ram_free),
