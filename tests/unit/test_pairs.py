@@ -1,5 +1,6 @@
 """Every pair of candidates, against a whole model for each; and what clipping does."""
 
+import json
 from contextlib import contextmanager
 from itertools import combinations
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmmpq import measuring, pipeline, planning
+from llmmpq.cli import main
 from llmmpq.errors import RecipeError
 from llmmpq.job import open_job
 from llmmpq.measure.candidates import candidates_of
@@ -200,15 +202,21 @@ def test_too_large_a_model_is_refused_with_the_work_it_would_take(
     monkeypatch.setattr(planning, "MAX_NUM_PAIRS", most)
     with pytest.raises(RecipeError, match=says) as caught:
         pipeline.quantize_model(recipe_of(folder, text, **{"measurement.memory": memory}), out=tmp_path / "out")
-    assert not (tmp_path / ".llmmpq-work").exists()
+    assert not (tmp_path / ".llmmpq-work").exists()  # refused before any work
+    [problem] = pipeline.check(recipe_of(folder, text, **{"measurement.memory": memory}))["problems"]
+    assert says in problem
     assert "21 linears with 42 options make 840 pairs" in str(caught.value)
     assert "forwards of the whole model over 64 tokens" in str(caught.value)
 
 
-def test_a_plan_chosen_by_pairs_is_written_and_loads(folder, text, tmp_path):
-    result = pipeline.quantize_model(recipe_of(folder, text), out=tmp_path / "out", work_dir=tmp_path / "work")
-    assert result["plan"]["method"] == "pairs"
-    assert result["plan"]["bits_per_weight"] <= 3.5
-    assert result["plan"]["optimality_gap"] <= 0.001
-    _, model = pipeline.load_model(str(tmp_path / "out"))
+def test_a_plan_chosen_by_pairs_on_the_command_line_is_written_and_loads(folder, text, tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(recipe_of(folder, text, **{"allocation.method": "iqp"}).to_yaml(), encoding="utf-8")
+    code = main(["quantize", str(folder), "--recipe", str(recipe), "--method", "pairs", "--out", str(out)])
+    assert code == 0, capsys.readouterr().err
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    assert plan["method"] == "pairs"
+    assert plan["bits_per_weight"] <= 3.5
+    assert plan["optimality_gap"] <= 0.001
+    _, model = pipeline.load_model(str(out))
     assert torch.isfinite(model(tiny.token_ids()).logits).all()
