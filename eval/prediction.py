@@ -391,7 +391,7 @@ def draw(path: Path, plans: list[dict[str, Any]], pairs: list[dict[str, Any]], *
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     random = [p for p in plans if p["kind"] == "random"]
@@ -422,6 +422,8 @@ def draw(path: Path, plans: list[dict[str, Any]], pairs: list[dict[str, Any]], *
     threshold = float(np.quantile([abs(p["true"]) for p in pairs], 0.2))
     right.set_xscale("symlog", linthresh=threshold)
     right.set_yscale("symlog", linthresh=threshold)
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(ticker.FixedLocator([-1e-2, -1e-4, -1e-6, 0, 1e-6, 1e-4, 1e-2]))
     right.set(xlabel="predicted 2 Q_ij", ylabel="true KL_ij - KL_i - KL_j", title="pair terms")
     right.legend(frameon=False)
     figure.suptitle(title)
