@@ -10,7 +10,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from llmmpq import __version__
 from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.solve import check_feasible, solve, to_plan, uniform
+from llmmpq.budgets import budget_of
+from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
 from llmmpq.digest import cached_digests, digest_of
-from llmmpq.errors import CheckpointError, LlmmpqError
+from llmmpq.errors import CheckpointError, LlmmpqError, RecipeError
 from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.inspection import inspect_folder
@@ -29,15 +31,15 @@ from llmmpq.measure.block_loss import MeasureSettings, measure_block
 from llmmpq.model.stream import BlockStream
 from llmmpq.model.tokens import TokenWindows
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
-from llmmpq.planning import budget_of, check_budget, plan_from_file, unmeasured_problem, write_plan
+from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Progress, Silent
-from llmmpq.recipe import Recipe
+from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import PackedTensor, Plan, Sensitivity
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER, Stage, WorkDir
 
-__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model"]
+__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model", "trace_curve"]
 
 
 def quantize_model(
@@ -93,17 +95,66 @@ def quantize_model(
 
 def make_plans(
     recipe: Recipe,
-    budgets: list[float],
+    budgets: Sequence[Budget],
     *,
     out: Path | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Plan]:
-    """Measure once, then one plan per budget of average bits; saved into `out` when given."""
+    """Measure once, then one plan per budget; saved into `out` when given."""
+
+    def asked(session: Session) -> list[dict[str, Any]]:
+        for wanted in budgets:
+            check_budget(session, wanted)
+        return [budget_of(session, wanted) for wanted in budgets]
+
+    _, plans = _plans_for(recipe, asked, out=out, work_dir=work_dir, progress=progress)
+    if out is not None:
+        for wanted, plan in zip(budgets, plans, strict=True):
+            name = f"{wanted.avg_bits:.10g}" if wanted.avg_bits is not None else wanted.label
+            write_plan(out / f"plan-{name}.json", plan)
+    return plans
+
+
+def trace_curve(
+    recipe: Recipe,
+    num_budgets: int,
+    *,
+    out: Path | None = None,
+    work_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure once, then predicted loss against bytes, whatever the recipe's budget; saved into `out` when given."""
+    if recipe.allocation.method == "uniform":
+        raise RecipeError("allocation.method is uniform, which measures nothing: no loss to draw. Give --method")
+
+    def spread(session: Session) -> list[dict[str, Any]]:
+        problem = unmeasured_problem(session)
+        return curve_budgets(problem.smallest_nbytes, problem.largest_nbytes, num_budgets)
+
+    recipe = dataclasses.replace(recipe, budget=Budget())
+    session, plans = _plans_for(recipe, spread, out=out, work_dir=work_dir, progress=progress)
+    curve = curve_of(frontier(plans), kept_nbytes=sum(tensor.nbytes for tensor in session.skeleton.kept))
+    files: list[str] = []
+    if out is not None:
+        curve["provenance"] = dict(plans[0].provenance)
+        files = write_curve(out, curve, title=Path(session.recipe.model or "").name)
+    notes = [NO_PICTURE] if files and PICTURE_FILE not in files else []
+    return curve | {"num_budgets": len(plans), "files": files, "notes": notes}
+
+
+def _plans_for(
+    recipe: Recipe,
+    asked: Callable[[Session], list[dict[str, Any]]],
+    *,
+    out: Path | None,
+    work_dir: Path | None,
+    progress: Progress | None,
+) -> tuple[Session, list[Plan]]:
+    """One measurement, and a plan for each of the budgets that `asked` gives for the opened model."""
     progress = progress or Silent()
     session = open_session(recipe)
-    for bits in budgets:
-        check_budget(session, avg_bits=bits)
+    budgets = asked(session)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -113,16 +164,13 @@ def make_plans(
         windows = _tokens(session, progress)
         session = _with_resolved_source(session, windows)
         provenance = _provenance(session, model_digests, windows)
-        plans = [
-            dataclasses.replace(
-                _planned(session, work, model_digests, windows, progress, avg_bits=bits), provenance=provenance
-            )
-            for bits in budgets
-        ]
-    if out is not None:
-        for bits, plan in zip(budgets, plans, strict=True):
-            write_plan(out / f"plan-{bits:.10g}.json", plan)
-    return plans
+        plans: list[Plan] = []
+        for budget in budgets:
+            # The measurement and what it has to say are the same for every budget: told once.
+            told = Silent() if plans else progress
+            plan = _planned(session, work, model_digests, windows, told, budget=budget)
+            plans.append(dataclasses.replace(plan, provenance=provenance))
+    return session, plans
 
 
 def check(
@@ -201,11 +249,12 @@ def _planned(
     windows: TokenWindows,
     progress: Progress,
     *,
-    avg_bits: float | None = None,
+    budget: dict[str, Any] | None = None,
 ) -> Plan:
-    """The plan for the recipe's budget, or for another average."""
+    """The plan for the recipe's budget, or for another."""
     recipe = session.recipe
-    budget, nbytes = budget_of(session, avg_bits)
+    budget = budget or budget_of(session)
+    nbytes = budget["nbytes"]
     if budget["kind"] == "bits" or recipe.allocation.method == "uniform":
         problem = unmeasured_problem(session)
         solution = uniform(problem, nbytes)
