@@ -71,22 +71,23 @@ def _draw(path: Path, curve: Mapping[str, Any], *, title: str) -> None:
 
     points, kept = curve["points"], curve["kept_nbytes"]
     bytes_per_bit = points[-1]["nbytes"] / points[-1]["bits_per_weight"]
+    unit, unit_name = (10**9, "GB") if points[-1]["total_nbytes"] >= 10**9 else (10**6, "MB")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     losses = [point["predicted_loss"] for point in points]
-    axes.plot([point["total_nbytes"] / 1e9 for point in points], losses, marker="o", markersize=4)
+    axes.plot([point["total_nbytes"] / unit for point in points], losses, marker="o", markersize=4)
     if min(losses) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel(f"size in GB, of which {kept / 1e9:.3g} GB kept unquantized")
+    axes.set_xlabel(f"size in {unit_name}, of which {kept / unit:.3g} {unit_name} kept unquantized")
     axes.set_ylabel("predicted loss")
     axes.set_title(title)
     axes.grid(alpha=0.3)
 
     def to_bits(size: Any) -> Any:
-        return (size * 1e9 - kept) / bytes_per_bit
+        return (size * unit - kept) / bytes_per_bit
 
     def to_size(bits: Any) -> Any:
-        return (bits * bytes_per_bit + kept) / 1e9
+        return (bits * bytes_per_bit + kept) / unit
 
     top = axes.secondary_xaxis("top", functions=(to_bits, to_size))
     top.set_xlabel("true bits per weight")

@@ -65,15 +65,16 @@ def too_small(budget: Mapping[str, Any], smallest_nbytes: int, *, pinned: bool) 
         rest = needed - reserved["margin"] + VRAM_MARGIN_NBYTES
         needed = -(-rest * VRAM_MARGIN_DIVISOR // (VRAM_MARGIN_DIVISOR - 1))
         reserved = {**reserved, "margin": vram_margin_nbytes(needed)}
-    parts = parts_of({**budget, "reserved": reserved}, smallest_nbytes)
-    binds = ", ".join(f"{readable(nbytes)} {what}" for what, nbytes in parts.items())
+    parts = [f"{readable(smallest_nbytes)} quantized"]
+    parts += [f"{readable(nbytes)} {_in_words(budget, key)}{_most(budget, key)}" for key, nbytes in reserved.items()]
+    binds = ", ".join(parts)
     alone = ""
     if in_vram and reserved["kv_cache"] > total:
         alone = f" The KV cache alone does not fit in {readable(total)}."
     flag, enough = ("--fit-vram" if in_vram else "--max-size"), size_of_at_least(needed)
     ways = [f"Raise {flag} to {enough} or more", "use larger groups"]
     if in_vram:
-        ways.insert(1, "ask for less --context or fewer --sequences" if budget["sequences"] > 1 else "less --context")
+        ways.insert(1, "shorten --context" + (" or run fewer --sequences" if budget["sequences"] > 1 else ""))
     if pinned:
         ways.append("loosen the pins")
     return (
@@ -84,15 +85,18 @@ def too_small(budget: Mapping[str, Any], smallest_nbytes: int, *, pinned: bool) 
 
 def _in_words(budget: Mapping[str, Any], key: str) -> str:
     words = RESERVED[key]
-    if key == "kept" and "largest_kept" in budget:
-        largest = budget["largest_kept"]
-        return f"{words} (most: {largest['name']}, {readable(largest['nbytes'])} at {largest['bits']} bits)"
     if key == "kv_cache":
         return f"{words} for {budget['sequences']:,} x {budget['context']:,} tokens at 16 bits"
     if key == "margin":
-        share = f"{100 // VRAM_MARGIN_DIVISOR} % + {readable(VRAM_MARGIN_NBYTES)}"
-        return f"{words} ({share})"
+        return f"{words} ({100 // VRAM_MARGIN_DIVISOR} % + {VRAM_MARGIN_NBYTES / 1e9:g} GB)"
     return words
+
+
+def _most(budget: Mapping[str, Any], key: str) -> str:
+    if key != "kept" or "largest_kept" not in budget:
+        return ""
+    largest = budget["largest_kept"]
+    return f" (of which {readable(largest['nbytes'])} {largest['name']} at {largest['bits']} bits)"
 
 
 def readable(nbytes: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from llmmpq import pipeline
 from llmmpq.errors import CheckpointError
 from llmmpq.pipeline import quantize_model
-from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.recipe import Budget, Recipe, load_recipe
 from llmmpq.workdir import Stage
 from tests import tiny
 from tests.e2e.running import (
@@ -222,7 +222,8 @@ def test_plans_share_a_measurement_and_give_what_a_direct_run_gives(
 def test_plans_for_budgets_that_are_nearly_equal_are_both_saved(
     recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path
 ) -> None:
-    pipeline.make_plans(recipe, [4.5, 4.5000001], out=tmp_path / "plans", work_dir=reference[1])
+    budgets = [Budget(avg_bits=bits) for bits in (4.5, 4.5000001)]
+    pipeline.make_plans(recipe, budgets, out=tmp_path / "plans", work_dir=reference[1])
     assert len(list((tmp_path / "plans").iterdir())) == 2
 
 
