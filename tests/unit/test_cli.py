@@ -92,6 +92,7 @@ CHECKED = {
     "notes": ["5 linears have a short last group"],
     "problems": [],
 }
+TOTAL = {"budget_parts": {"quantized": 2_000_000, "kept": 900_000}, "budget_total_nbytes": 3_000_000}
 INSPECTED = {
     "folder": "somewhere/demo-3.5bit",
     "layout_version": 1,
@@ -536,8 +537,8 @@ def columns_of(text):
         (tables.show_inspected, INSPECTED),
         (tables.show_evaluated, EVALUATED | {"baseline": BASELINE, "extra_nll": 0.001}),
         (tables.show_evaluated, EVALUATED),
-        (tables.show_check, CHECKED | {"budget_parts": {"quantized": 2_000_000}, "budget_total_nbytes": 3_000_000}),
-        (tables.show_plans, {"out": None, "plans": [], "curve": CURVE}),
+        (tables.show_check, CHECKED | TOTAL | {"short_groups": []}),
+        (tables.show_plans, {"out": "plans", "plans": [], "curve": CURVE | {"notes": []}}),
     ],
 )
 @pytest.mark.parametrize("width", [60, 80, 200])
