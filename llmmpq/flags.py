@@ -77,7 +77,11 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "seed": (("calibration.seed",), _option(int, "--seed", panel=CALIBRATION, text="Which sequences are drawn.")),
     "method": (
         ("allocation.method",),
-        _option(str, "--method", panel=BITS, metavar="<additive|uniform>", text="How widths are chosen."),
+        _option(str, "--method", panel=BITS, metavar="<iqp|additive|local|uniform>", text="How widths are chosen."),
+    ),
+    "refine": (
+        ("allocation.refine",),
+        _option(int, "--refine", panel=BITS, text="How often to measure again around the plan and choose again."),
     ),
     "widths": (
         ("allocation.widths",),
@@ -151,7 +155,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
 # What a plan file has already decided.
 DECIDED_BY_A_PLAN = (
     *("avg_bits", "bits", "max_size", "fit_vram", "context", "sequences"),
-    *("method", "widths", "fuse", "pin", "group_size", "symmetric"),
+    *("method", "refine", "widths", "fuse", "pin", "group_size", "symmetric"),
 )
 
 

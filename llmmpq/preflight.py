@@ -1,7 +1,8 @@
 """What a run would need and produce, in seconds and without reading weights.
 
 Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
-original is followed beside the quantized one), the second moments and factor of the widest input, the states. Time
+original is followed beside the quantized one), the second moments and factor of the widest input, the states, and those
+of all candidates where they are measured by the model's output (on a GPU they may fit there instead). Time
 is the number of multiplications over a rate measured on the spot, in float32 as the quantizer computes; a GPU runs the
 blocks themselves faster in 16 bits. It is an estimate and says so.
 """
@@ -48,10 +49,13 @@ def preflight(
     on_host = states_nbytes if recipe.run.activations == "host" else 0
     folder = Path.cwd() if out is None else out.resolve().parent
     work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
-    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes)
+    waiting_nbytes = _waiting_nbytes(session)
+    on_disk = waiting_nbytes if waiting_nbytes > recipe.measurement.memory_nbytes else 0
+    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes + on_disk)
     work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
+    ram_nbytes += waiting_nbytes - on_disk
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
     problems, notes = [], []
@@ -210,8 +214,6 @@ def _estimate_seconds(session: Session) -> float | None:
         return None
     recipe = session.recipe
     tokens = recipe.calibration.tokens
-    measured = recipe.budget.bits is None and recipe.allocation.method != "uniform"
-    num_options = len(recipe.allocation.widths)
     total = 0.0
     for specs in _block_specs(session):
         weights = sum(spec.num_weights for spec in specs)
@@ -221,12 +223,51 @@ def _estimate_seconds(session: Session) -> float | None:
         factors = sum(spec.shape[1] ** 3 for spec in specs) / 3
         rounding = sum(spec.num_weights * spec.shape[1] for spec in specs)
         total += 2 * tokens * moments + factors + rounding
-        if measured:
-            probe = min(recipe.measurement.tokens, tokens)
-            total += len(specs) * num_options * probe * weights + num_options * rounding
-            total += 2 * tokens * weights + tokens * moments + factors
+        if _is_measured(session):
+            total += _num_rounds(session) * len(recipe.allocation.widths) * rounding
+            total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.
-    return math.ceil(2 * total / rate) + 5.0
+    return math.ceil(2 * (total + _measuring_multiplications(session)) / rate) + 5.0
+
+
+def _is_measured(session: Session) -> bool:
+    return session.recipe.budget.bits is None and session.recipe.allocation.method != "uniform"
+
+
+def _num_rounds(session: Session) -> int:
+    """How often the model is measured: once, and again around each plan."""
+    allocation = session.recipe.allocation
+    return 1 + (allocation.refine if allocation.method == "iqp" else 0)
+
+
+def _measuring_multiplications(session: Session) -> float:
+    """Forwards of the candidates, and for the pairs the head and the products of all with all."""
+    if not _is_measured(session):
+        return 0.0
+    skeleton, recipe = session.skeleton, session.recipe
+    probe, num_options = recipe.measurement.tokens, len(recipe.allocation.widths)
+    blocks = _block_specs(session)
+    if recipe.allocation.method == "local":
+        return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
+    config = skeleton.model.config.get_text_config()
+    num_candidates = num_options * len(skeleton.linears)
+    joined, forwards = 0, 0.0
+    for specs in blocks:
+        joined += num_options * len(specs)
+        forwards += (joined + 2) * sum(spec.num_weights for spec in specs)
+    head = num_candidates * config.vocab_size * (config.hidden_size + num_candidates / 2)
+    return _num_rounds(session) * probe * (forwards + head)
+
+
+def _waiting_nbytes(session: Session) -> int:
+    """The states of all candidates of the cross-layer measurement."""
+    recipe = session.recipe
+    if not _is_measured(session) or recipe.allocation.method == "local":
+        return 0
+    num_candidates = len(recipe.allocation.widths) * len(session.skeleton.linears)
+    hidden = session.skeleton.model.config.get_text_config().hidden_size
+    itemsize = 2 if recipe.measurement.dtype in ("bfloat16", "float16") else 4
+    return num_candidates * recipe.measurement.tokens * hidden * itemsize
 
 
 def _multiplications_per_second(device: torch.device) -> float:

@@ -81,13 +81,6 @@ class _Checked:
                 raise RecipeError(f"{name} is {_seen(value)}; allowed: {_describe(annotation)}") from None
 
 
-def _numbers_as_sizes(section: Any, *names: str) -> None:
-    """YAML reads a plain number of bytes as a number."""
-    for name in names:
-        if type(value := getattr(section, name)) is int:
-            object.__setattr__(section, name, str(value))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Budget(_Checked):
     """Of `BUDGET_KINDS` at most one is set; with none, `Recipe.resolve` asks for 3.5 bits."""
@@ -100,7 +93,6 @@ class Budget(_Checked):
     sequences: Positive = 1  # for fit_vram: sequences that run at the same time
 
     def __post_init__(self) -> None:
-        _numbers_as_sizes(self, "max_size", "fit_vram")
         super().__post_init__()
         given = {kind: value for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None}
         if len(given) > 1:
@@ -132,13 +124,21 @@ class Calibration(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(_Checked):
-    tokens: Positive = 2048
+    tokens: Positive = 4096  # of the probe: text of the same source that the candidates were not calibrated on
     quantizer: Algorithm = "gptq"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32, which resolves 8-bit candidates
+    memory: Size = "8GB"  # for the states of all candidates; beyond it they wait on disk
+
+    @property
+    def memory_nbytes(self) -> int:
+        return parse_size(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation(_Checked):
-    method: Literal["additive", "uniform"] = "additive"
+    method: Literal["iqp", "additive", "local", "uniform"] = "iqp"
+    refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 1  # measured again around the plan
+    target_gap: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.001
     widths: Widths = (2, 3, 4, 8)
     fuse: bool = False  # q/k/v and gate/up agree
     pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # pattern, see patterns.py -> width
@@ -161,10 +161,6 @@ class Quantizer(_Checked):
 class Output(_Checked):
     max_shard_size: Size = "5GB"
     keep: tuple[NonEmpty, ...] = ()  # patterns, see patterns.py, of linears that stay at 16 bits
-
-    def __post_init__(self) -> None:
-        _numbers_as_sizes(self, "max_shard_size")
-        super().__post_init__()
 
     @property
     def max_shard_nbytes(self) -> int:
@@ -300,6 +296,8 @@ def _accept(value: Any, annotation: Any) -> Any:
     """The value in its stored form; ValueError when the annotation does not allow it."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        if annotation == Size and type(value) is int:  # YAML reads a plain number of bytes as a number
+            value = str(value)
         accepted = _accept(value, args[0])
         if all(rule.holds(accepted) for rule in args[1:]):
             return accepted

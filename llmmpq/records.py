@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmmpq.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 WIDTHS = (2, 3, 4, 8)
@@ -108,9 +109,36 @@ class LinearSpec:
         return cls(**{**data, "shape": tuple(data["shape"])})
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)  # eq of arrays is an array
+class Quadratic:
+    """KL(x) ~ constant + linear'x + x' gram x on the probe, around a base: the original model, or a plan.
+
+    Options count in the order of the linears and, within one, of its options. `base` names the option of each linear
+    in the plan measured around; its rows are zero. KL figures are exact and against the original model.
+    """
+
+    gram_OO: np.ndarray
+    linear_O: np.ndarray
+    constant: float
+    base: tuple[int, ...] | None
+    base_kl: float
+    rounding_kl: float | None  # of computing the original in bfloat16: differences below it say nothing
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "constant": self.constant,
+            "base": None if self.base is None else list(self.base),
+            "base_kl": self.base_kl,
+            "rounding_kl": self.rounding_kl,
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What was measured: for each linear the loss of each of its options, on the probe tokens."""
+    """What was measured: for each linear the loss of each of its options, on the probe tokens.
+
+    The loss is the exact KL of the option alone, or what it does to its block's output when measured locally.
+    """
 
     linears: tuple[LinearSpec, ...]
     options: Mapping[str, tuple[Scheme, ...]]
@@ -118,6 +146,7 @@ class Sensitivity:
     num_tokens: int
     digest: str
     warnings: tuple[str, ...] = ()
+    quadratic: Quadratic | None = None
 
     def __post_init__(self) -> None:
         for spec in self.linears:
@@ -132,10 +161,18 @@ class Sensitivity:
             "num_tokens": self.num_tokens,
             "digest": self.digest,
             "warnings": list(self.warnings),
+            "quadratic": None if self.quadratic is None else self.quadratic.to_json(),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
+    def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> Sensitivity:
+        """The arrays of the quadratic model lie apart from the JSON."""
+        quadratic = None
+        if data["quadratic"] is not None:
+            assert arrays is not None
+            known = dict(data["quadratic"])
+            known["base"] = None if known["base"] is None else tuple(known["base"])
+            quadratic = Quadratic(gram_OO=arrays["gram"], linear_O=arrays["linear"], **known)
         return cls(
             linears=tuple(LinearSpec.from_json(item) for item in data["linears"]),
             options={name: tuple(Scheme.from_json(item) for item in items) for name, items in data["options"].items()},
@@ -143,6 +180,7 @@ class Sensitivity:
             num_tokens=data["num_tokens"],
             digest=data["digest"],
             warnings=tuple(data["warnings"]),
+            quadratic=quadratic,
         )
 
 
@@ -182,13 +220,14 @@ class Plan:
     budget: Mapping[str, Any]
     predicted_loss: float | None = None
     optimality_gap: float | None = None
+    measured_kl: float | None = None  # on the probe, with everything quantized as the plan says
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kinds in (("method", str), ("budget", Mapping), ("provenance", Mapping)):
             if not isinstance(getattr(self, name), kinds):
                 raise CheckpointError(f"the plan's {name!r} is {getattr(self, name)!r}, expected {kinds.__name__}")
-        for name in ("predicted_loss", "optimality_gap"):
+        for name in ("predicted_loss", "optimality_gap", "measured_kl"):
             value = getattr(self, name)
             if value is not None and (type(value) not in (int, float)):
                 raise CheckpointError(f"the plan's {name!r} is {value!r}, expected a number or null")
@@ -223,6 +262,7 @@ class Plan:
             "code_bits_per_weight": round(self.code_bits_per_weight, 6),
             "predicted_loss": self.predicted_loss,
             "optimality_gap": self.optimality_gap,
+            "measured_kl": self.measured_kl,
             "provenance": dict(self.provenance),
             "linears": {
                 name: {
@@ -255,6 +295,7 @@ class Plan:
             budget=data.get("budget", {}),
             predicted_loss=data.get("predicted_loss"),
             optimality_gap=data.get("optimality_gap"),
+            measured_kl=data.get("measured_kl"),
             provenance=data.get("provenance", {}),
         )
 

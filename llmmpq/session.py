@@ -17,7 +17,7 @@ from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
 from llmmpq.model.skeleton import Skeleton, build_skeleton
 from llmmpq.model.source import companion_files, resolve_model
-from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens
+from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens, split_windows
 from llmmpq.recipe import Recipe
 from llmmpq.records import LinearSpec, Scheme
 
@@ -73,19 +73,40 @@ class Session:
         longest = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
         return longest if isinstance(longest, int) and longest > 0 else None
 
-    def tokens(self) -> TokenWindows:
-        calibration = self.recipe.calibration
-        windows = load_tokens(
+    def tokens(self) -> Tokens:
+        """What to calibrate on, and apart from it the probe that plans are measured on."""
+        recipe = self.recipe
+        window, wanted = recipe.calibration.window, (recipe.calibration.tokens, recipe.measurement.tokens)
+        drawn = load_tokens(
             load_tokenizer(self.folder),
-            source=calibration.source,
-            num_tokens=calibration.tokens,
-            window=calibration.window,
-            seed=calibration.seed,
+            source=recipe.calibration.source,
+            # Whole windows of both, so that neither takes from the other.
+            num_tokens=sum(max(1, num // window) * window for num in wanted),
+            window=window,
+            seed=recipe.calibration.seed,
             max_window=self.max_window(),
             vocab_size=self.skeleton.model.config.get_text_config().vocab_size,
         )
-        advice = advise_num_tokens(windows.ids.numel(), self.skeleton.widest_in_features)
-        return windows if advice is None else dataclasses.replace(windows, notes=(*windows.notes, advice))
+        calibration, probe = split_windows(drawn, probe_share=self._probe_share())
+        advice = advise_num_tokens(calibration.num_tokens, self.skeleton.widest_in_features)
+        notes = calibration.notes if advice is None else (*calibration.notes, advice)
+        return Tokens(calibration=dataclasses.replace(calibration, notes=notes), probe=probe)
+
+    def _probe_share(self) -> float:
+        probe, calibration = self.recipe.measurement.tokens, self.recipe.calibration.tokens
+        return probe / (probe + calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Calibration windows, and those of the probe: drawn together, held apart."""
+
+    calibration: TokenWindows
+    probe: TokenWindows
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.calibration.notes, *self.probe.notes)
 
 
 def open_session(recipe: Recipe) -> Session:

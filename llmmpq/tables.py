@@ -287,6 +287,8 @@ def _choice(plan: Row) -> Iterator[str]:
     yield plan["method"]
     if plan["predicted_loss"] is not None:
         yield f"predicted loss {_figure(plan['predicted_loss'])}"
+    if plan.get("measured_kl") is not None:
+        yield f"measured KL {_figure(plan['measured_kl'])} on the probe"
     if plan["optimality_gap"] is not None:
         yield f"at most {_gap(plan['optimality_gap'])} from the best"
 

@@ -103,7 +103,14 @@ class Stage:
 
     def load_block(self, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """Notes and tensors of a finished block; None when it has to be done (again)."""
-        path = self.block_file(index)
+        return self.load(self.block_file(index).stem)
+
+    def save_block(self, index: int, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        self.save(self.block_file(index).stem, notes, tensors)
+
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Notes and tensors saved under a name; None when there are none, or damaged ones."""
+        path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         try:
@@ -112,19 +119,19 @@ class Stage:
                 tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
         except SafetensorError:
             metadata, tensors = {}, {}
-        if metadata.get("digest") != _block_digest(metadata.get("notes", ""), tensors):
+        if metadata.get("digest") != _tensors_digest(metadata.get("notes", ""), tensors):
             path.unlink()
             return None
         return json.loads(metadata["notes"]), tensors
 
-    def save_block(self, index: int, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        path = self.block_file(index)
+    def save(self, name: str, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
         stored = {name: tensor.cpu() for name, tensor in tensors.items()}
         text = json.dumps(notes)
         try:
             # safetensors writes the file itself; the sync makes the rename mean what it says.
-            save_file(stored, partial, {"notes": text, "digest": _block_digest(text, stored)})
+            save_file(stored, partial, {"notes": text, "digest": _tensors_digest(text, stored)})
             with partial.open("rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(path)
@@ -136,7 +143,7 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _block_digest(notes: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _tensors_digest(notes: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """Over every byte: a bit that flips in the journal must not reach the model."""
     hasher = hashlib.sha256(notes.encode())
     for name in sorted(tensors):

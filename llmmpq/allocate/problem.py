@@ -1,7 +1,7 @@
 """The allocation problem: units that choose one option each, what an option costs and what it loses.
 
-A unit is one linear, or a fused set whose members must agree. Pins narrow a unit to one width. Losses are additive
-here; the quadratic terms between units have their place beside `losses` once they are measured.
+A unit is one linear, or a fused set whose members must agree. Pins narrow a unit to one width. Without a quadratic
+model the losses of the units add up; with one, the products between the options of all units count too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmmpq.errors import InfeasibleBudgetError, RecipeError
 from llmmpq.patterns import matches
-from llmmpq.records import LinearSpec, Scheme, Sensitivity
+from llmmpq.records import LinearSpec, Quadratic, Scheme, Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Unit:
     schemes: tuple[Scheme, ...]
     nbytes: tuple[int, ...]
     losses: tuple[float, ...]
+    rows: tuple[tuple[int, ...], ...] = ()  # for each option its members' rows in the quadratic model
     pinned: bool = False
 
     @property
@@ -34,6 +35,7 @@ class Problem:
     """Choose one option of every unit: least loss within a number of bytes."""
 
     units: tuple[Unit, ...]
+    quadratic: Quadratic | None = None
 
     @property
     def num_weights(self) -> int:
@@ -48,12 +50,23 @@ class Problem:
         return sum(max(unit.nbytes) for unit in self.units)
 
 
-def build_problem(sensitivity: Sensitivity, *, pins: Mapping[str, int], fuse: bool) -> Problem:
+def build_problem(
+    sensitivity: Sensitivity, *, pins: Mapping[str, int], fuse: bool, with_pairs: bool = False
+) -> Problem:
     pinned = match_pins(sensitivity.linears, pins)
     sets: dict[str, list[LinearSpec]] = {}
     for spec in sensitivity.linears:
         sets.setdefault(spec.fused_set if fuse else spec.name, []).append(spec)
-    return Problem(units=tuple(_build_unit(tuple(members), sensitivity, pinned) for members in sets.values()))
+    starts, total = {}, 0
+    for spec in sensitivity.linears:
+        starts[spec.name] = total
+        total += len(sensitivity.options[spec.name])
+    return Problem(
+        units=tuple(
+            _build_unit(tuple(members), sensitivity, pinned, starts, with_pairs=with_pairs) for members in sets.values()
+        ),
+        quadratic=sensitivity.quadratic if with_pairs else None,
+    )
 
 
 def match_pins(linears: Iterable[LinearSpec], pins: Mapping[str, int]) -> dict[str, int]:
@@ -71,7 +84,14 @@ def match_pins(linears: Iterable[LinearSpec], pins: Mapping[str, int]) -> dict[s
     return pinned
 
 
-def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinned: Mapping[str, int]) -> Unit:
+def _build_unit(
+    members: tuple[LinearSpec, ...],
+    sensitivity: Sensitivity,
+    pinned: Mapping[str, int],
+    starts: Mapping[str, int],
+    *,
+    with_pairs: bool,
+) -> Unit:
     wanted = {pinned[spec.name] for spec in members if spec.name in pinned}
     if len(wanted) > 1:
         raise InfeasibleBudgetError(
@@ -92,11 +112,13 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
     schemes: list[Scheme] = []
     nbytes: list[int] = []
     losses: list[float] = []
+    rows: list[tuple[int, ...]] = []
     for bits in common:
         chosen = [widths[bits] for widths in by_width]
         loss = sum(sensitivity.losses[spec.name][position] for spec, position in zip(members, chosen, strict=True))
-        # An option that costs more and loses no less is never the answer; dropping it also settles ties.
-        if losses and loss >= losses[-1]:
+        # An option that costs more and loses no less is never the answer (pairs may say otherwise): dropping it also
+        # settles ties.
+        if losses and loss >= losses[-1] and not with_pairs:
             continue
         schemes.append(sensitivity.options[members[0].name][chosen[0]])
         nbytes.append(
@@ -106,6 +128,12 @@ def _build_unit(members: tuple[LinearSpec, ...], sensitivity: Sensitivity, pinne
             )
         )
         losses.append(loss)
+        rows.append(tuple(starts[spec.name] + position for spec, position in zip(members, chosen, strict=True)))
     return Unit(
-        members=members, schemes=tuple(schemes), nbytes=tuple(nbytes), losses=tuple(losses), pinned=bool(wanted)
+        members=members,
+        schemes=tuple(schemes),
+        nbytes=tuple(nbytes),
+        losses=tuple(losses),
+        rows=tuple(rows),
+        pinned=bool(wanted),
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from llmmpq.allocate.budget import describe, too_small
 from llmmpq.allocate.problem import Problem, Unit
+from llmmpq.allocate.quadratic import Program, solve_program
 from llmmpq.errors import InfeasibleBudgetError
 from llmmpq.records import Plan, PlannedLinear
 
@@ -45,6 +46,46 @@ def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solut
         choice = [0] * len(problem.units)
     _polish(problem, choice, budget_nbytes)
     return _solution(problem, choice, bound=bound)
+
+
+def solve_quadratic(problem: Problem, budget_nbytes: int, *, target_gap: float, time_limit_s: float) -> Solution:
+    """With all products between options; the plan measured around is one of the starts."""
+    assert problem.quadratic is not None
+    program = to_program(problem, budget_nbytes)
+    starts = [uniform(problem, budget_nbytes).choice]
+    if (around := _measured_around(problem)) is not None:
+        starts.append(around)
+    solved = solve_program(program, target_gap=target_gap, time_limit_s=time_limit_s, starts=starts)
+    choice = list(solved.choice)
+    return Solution(choice=solved.choice, loss=solved.loss, nbytes=_nbytes(problem, choice), gap=solved.gap)
+
+
+def _measured_around(problem: Problem) -> tuple[int, ...] | None:
+    """The plan that the quadratic model was measured around, as a choice: its rows are zero."""
+    quadratic = problem.quadratic
+    if quadratic is None or quadratic.base is None:
+        return None
+    zero_O = np.abs(quadratic.gram_OO).max(axis=1) == 0
+    choice = [next((i for i, rows in enumerate(unit.rows) if zero_O[list(rows)].all()), None) for unit in problem.units]
+    return None if None in choice else tuple(i for i in choice if i is not None)
+
+
+def to_program(problem: Problem, budget_nbytes: int) -> Program:
+    """The quadratic model over the units' options: members of a fused set move together."""
+    quadratic = problem.quadratic
+    assert quadratic is not None
+    rows = [list(members) for unit in problem.units for members in unit.rows]
+    selection = np.zeros((len(rows), len(quadratic.linear_O)))
+    for position, members in enumerate(rows):
+        selection[position, members] = 1.0
+    return Program(
+        sizes=tuple(len(unit.nbytes) for unit in problem.units),
+        gram_OO=selection @ quadratic.gram_OO @ selection.T,
+        linear_O=selection @ quadratic.linear_O,
+        constant=quadratic.constant,
+        costs_KO=np.array([[size for unit in problem.units for size in unit.nbytes]], dtype=np.int64),
+        limits=(budget_nbytes,),
+    )
 
 
 def uniform(problem: Problem, budget_nbytes: int) -> Solution:

@@ -12,29 +12,18 @@ of several layers combine, are the business of the cross-layer measurement.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from llmmpq.measure.moments import Moment
+from llmmpq.measure.candidates import MeasureSettings, candidates_of
 from llmmpq.model.stream import Block
-from llmmpq.quantize.gptq import factorize
-from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.quantize.linear import dequantized
 from llmmpq.records import Scheme
+
+__all__ = ["MeasureSettings", "measure_block"]
 
 # The loss of an option that turns finite outputs into NaN or inf: far above any real one, yet a number.
 NON_FINITE_LOSS = 1e6
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
-    """How candidates are made."""
-
-    use_gptq: bool
-    damping: float
-    activation_order: bool
-    column_block: int
-    num_probe_tokens: int
 
 
 def measure_block(
@@ -45,48 +34,22 @@ def measure_block(
     on_candidate: Callable[[], None],
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Losses by linear in the order of its options, and warnings."""
-    groups = block.input_groups()
-    warnings = [
-        f"{spec.name}: no calibration token reached it; its options count as equally good"
-        for spec in block.linears
-        if all(spec not in group for group in groups)
-    ]
+    warnings: list[str] = []
     losses = {spec.name: [0.0] * len(options[spec.name]) for spec in block.linears}
-    moments = {group[0].name: Moment(group[0].shape[1], device=block.device) for group in groups}
     num_batches = _num_probe_batches(block, settings.num_probe_tokens)
     reference: list[torch.Tensor] = []
-    leaders = [group[0] for group in groups]
-    outputs = block.run_with_inputs(lambda spec, inputs: moments[spec.name].add(inputs), leaders)
-    for position, output in enumerate(outputs):
+
+    def keep(position: int, output: torch.Tensor) -> None:
         if position < num_batches:
             reference.append(output)
-    for group in groups:
-        moment = moments.pop(group[0].name)
-        if moment.num_excluded:
-            warnings.append(f"{group[0].name}: {moment.num_excluded} tokens with NaN or inf left out")
-        mean_KK, _ = moment.means(group[0].name)
-        importance_K = mean_KK.diagonal().clone()
-        factor = (
-            factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
-            if settings.use_gptq
-            else None
-        )
-        del moment, mean_KK
-        for spec in group:
-            linear = block.linear(spec)
-            original = linear.weight.data
-            for position, scheme in enumerate(options[spec.name]):
-                quantized = quantize_linear(
-                    original,
-                    scheme,
-                    importance_K=importance_K,
-                    factor=factor,
-                    column_block=settings.column_block,
-                )
-                linear.weight.data = dequantized(quantized.packed, original.dtype)
-                losses[spec.name][position] = _relative_error(block, reference)
-                linear.weight.data = original
-                on_candidate()
+
+    for spec, position, packed in candidates_of(block, options, settings, warnings=warnings, on_output=keep):
+        linear = block.linear(spec)
+        original = linear.weight.data
+        linear.weight.data = dequantized(packed, original.dtype)
+        losses[spec.name][position] = _relative_error(block, reference)
+        linear.weight.data = original
+        on_candidate()
     return losses, warnings
 
 

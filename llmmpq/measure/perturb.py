@@ -26,7 +26,6 @@ instead of u was rejected: it costs vocabulary x hidden^2 per token, more than t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -89,7 +88,7 @@ class Ride:
         block: Block,
         candidates: Iterable[tuple[LinearSpec, torch.Tensor]],
         *,
-        on_forward: Callable[[float], None],
+        on_forward: Callable[[int], None],
     ) -> None:
         """Move everything through one block, whose weights are the base's; its own candidates join."""
         num_windows, earlier = len(self._base), self.num_rows
@@ -126,9 +125,10 @@ class Ride:
         for start in range(0, len(states), step):
             yield from block.run_many(torch.cat(states[start : start + step])).split(1)
 
-    def _count(self, num: float, on_forward: Callable[[float], None]) -> None:
+    def _count(self, num: float, on_forward: Callable[[int], None]) -> None:
+        before = int(self.num_forwards + 1e-6)
         self.num_forwards += num
-        on_forward(num)
+        on_forward(int(self.num_forwards + 1e-6) - before)
 
     @torch.no_grad()
     def perturbations(self, around: Around, *, on_tokens: Callable[[int], None]) -> Perturbations:
@@ -146,7 +146,9 @@ class Ride:
                 rounded_TV = None
                 if self._rounded is not None:
                     rounded_TV = around.logits(self._rounded[window][:, tokens].to(base.dtype))[0].float()
-                logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
+                logits_CTV = base_TV.new_empty((0, *base_TV.shape))
+                if self.num_rows:
+                    logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
                 total.add(logits_CTV, base_TV, original_TV, rounded_TV)
                 on_tokens(tokens.stop - start)
         return total.result(self.num_forwards)
@@ -249,7 +251,3 @@ def expected_forwards(candidates_per_block: list[int], *, extra: int) -> int:
     """Passes of the probe through one block: every candidate from its own block on, `extra` trajectories throughout."""
     num_blocks = len(candidates_per_block)
     return sum(num * (num_blocks - index) for index, num in enumerate(candidates_per_block)) + extra * num_blocks
-
-
-def state_nbytes(*, num_rows: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> int:
-    return math.prod((num_rows, num_tokens, hidden)) * dtype.itemsize

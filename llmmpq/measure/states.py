@@ -56,9 +56,7 @@ class StateStore:
         if self.place != "disk":
             return self._held[window]
         shape = self.shapes[window]
-        mapped = torch.from_file(
-            str(self._files[window]), shared=True, size=_num_elements(shape), dtype=self.dtype
-        )
+        mapped = torch.from_file(str(self._files[window]), shared=True, size=_num_elements(shape), dtype=self.dtype)
         return mapped.view(shape)
 
 

@@ -11,6 +11,7 @@ source was rejected: it would read (or download) everything for a few thousand t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -109,6 +110,20 @@ def load_tokens(
     if num_windows < num_wanted:
         notes.append(f"Calibration uses {ids.numel()} tokens, all that {text.source} gives, of {num_tokens} asked for.")
     return TokenWindows(ids=ids, source=text.source, digest=_digest(ids), notes=tuple(notes))
+
+
+def split_windows(drawn: TokenWindows, *, probe_share: float) -> tuple[TokenWindows, TokenWindows]:
+    """Calibration windows in front, the probe's behind; a single window has to be both."""
+    num_windows = len(drawn.ids)
+    if num_windows == 1:
+        note = f"{drawn.source} gives one window only: plans are measured on the text they were calibrated on."
+        return dataclasses.replace(drawn, notes=(*drawn.notes, note)), dataclasses.replace(drawn, notes=())
+    num_probe = min(max(1, round(num_windows * probe_share)), num_windows - 1)
+    parts = drawn.ids[: num_windows - num_probe], drawn.ids[num_windows - num_probe :]
+    calibration, probe = (
+        TokenWindows(ids=ids.contiguous(), source=drawn.source, digest=_digest(ids), notes=()) for ids in parts
+    )
+    return dataclasses.replace(calibration, notes=drawn.notes), probe
 
 
 def advise_num_tokens(num_tokens: int, widest_in_features: int) -> str | None:

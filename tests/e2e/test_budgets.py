@@ -12,7 +12,8 @@ import torch
 from tests import tiny
 from tests.e2e.running import GROUP_SIZE, assert_plan_is_what_is_stored, read_plan, run_here
 
-FAST = ["--tokens", 256, "--window", 64, "--quantizer", "rtn", "--threads", 1, "--quiet"]
+BARE = ["--tokens", 256, "--window", 64, "--quantizer", "rtn", "--threads", 1, "--quiet"]
+FAST = [*BARE, "--method", "local"]  # the cheapest measurement: budgets do not depend on it
 TINY = [*FAST, "--group-size", GROUP_SIZE]
 
 
@@ -113,18 +114,20 @@ def test_a_plan_of_a_size_is_carried_out(
     run_here(["plan", *base, "--max-size", "90KB", "--out", tmp_path / "plans"], capsys)
     plan = tmp_path / "plans" / "plan-90KB.json"
     outcome = run_here(
-        ["quantize", model, *FAST, "--work-dir", work, "--plan", plan, "--out", tmp_path / "out"], capsys
+        ["quantize", model, *BARE, "--work-dir", work, "--plan", plan, "--out", tmp_path / "out"], capsys
     )
     assert outcome.code == 0, outcome.stderr
     assert weights_nbytes(tmp_path / "out") <= 90_000
 
 
-@pytest.mark.parametrize("count", [(), (9,)])
+@pytest.mark.parametrize(("method", "count"), [("local", ()), ("local", (9,)), ("iqp", (5,))])
 def test_the_curve_falls(
-    count: tuple[int, ...], model: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, count: tuple[int, ...], model: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    base = ["plan", model, *TINY, "--work-dir", work]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("measurement: {tokens: 64}\n")
+    base = ["plan", model, *TINY, "--method", method, "--recipe", recipe, "--work-dir", work]
     outcome = run_here([*base, "--pareto", *count, "--out", tmp_path / "out", "--json"], capsys)
     assert outcome.code == 0, outcome.stderr
     curve = json.loads(outcome.stdout)["curve"]

@@ -1,0 +1,87 @@
+"""From a budget to a plan: measure as the method asks, solve, and measure again around the plan while that helps.
+
+What a plan is worth is its KL on the probe, measured with everything quantized one after the other as it will be in
+the end. Measuring around a plan gives that figure and the next quadratic model in one pass; of all plans met on the
+way the one with the least measured KL is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from llmmpq.allocate.problem import Problem, build_problem
+from llmmpq.allocate.solve import Solution, check_feasible, solve, solve_quadratic, to_plan, uniform
+from llmmpq.budgets import budget_of
+from llmmpq.job import Job
+from llmmpq.measuring import measure_around, measure_locally, measure_pairs
+from llmmpq.planning import unmeasured_problem
+from llmmpq.quantizing import probe_kl
+from llmmpq.records import Plan, Sensitivity
+
+# What is measured for each method, and whether the pairs count. `uniform` measures nothing.
+METHODS: dict[str, tuple[Callable[[Job], Sensitivity], bool]] = {
+    "iqp": (measure_pairs, True),
+    "additive": (measure_pairs, False),
+    "local": (measure_locally, False),
+}
+
+
+def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
+    """The plan for the recipe's budget, or for another one, as `budget_of` gives it."""
+    session, allocation = job.session, job.session.recipe.allocation
+    budget = budget or budget_of(session)
+    nbytes = budget["nbytes"]
+    if budget["kind"] == "bits" or allocation.method == "uniform":
+        problem = unmeasured_problem(session)
+        solution = uniform(problem, nbytes)
+        if budget["kind"] == "bits":
+            budget["nbytes"] = solution.nbytes  # pins may ask for more or less than the width itself
+        return to_plan(problem, solution, method="uniform", budget=budget, measured=False)
+    measure, with_pairs = METHODS[allocation.method]
+    sensitivity = measure(job)
+    for warning in sensitivity.warnings:
+        job.progress.note(warning)
+    plan = _solved(job, sensitivity, nbytes, budget, with_pairs=with_pairs)
+    return _refined(job, plan, nbytes, budget) if with_pairs and allocation.refine else plan
+
+
+def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool) -> Plan:
+    allocation = job.session.recipe.allocation
+    problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
+    check_feasible(problem, nbytes, budget)
+    solution = _solve(job, problem, nbytes)
+    return to_plan(problem, solution, method=allocation.method, budget=budget)
+
+
+def _solve(job: Job, problem: Problem, nbytes: int) -> Solution:
+    allocation = job.session.recipe.allocation
+    if problem.quadratic is None:
+        return solve(problem, nbytes, time_limit_s=allocation.time_limit_s)
+    with job.progress.task("solve", 1, "program") as advance:
+        solution = solve_quadratic(
+            problem, nbytes, target_gap=allocation.target_gap, time_limit_s=allocation.time_limit_s
+        )
+        advance(1)
+    return solution
+
+
+def _refined(job: Job, plan: Plan, nbytes: int, budget: dict[str, object]) -> Plan:
+    best, best_kl = plan, float("inf")
+    for _ in range(job.session.recipe.allocation.refine):
+        sensitivity = measure_around(job, plan)
+        assert sensitivity.quadratic is not None
+        measured = sensitivity.quadratic.base_kl
+        if measured < best_kl:
+            best, best_kl = replace(plan, measured_kl=measured), measured
+        following = _solved(job, sensitivity, nbytes, budget, with_pairs=True)
+        if _schemes(following) == _schemes(plan):
+            return best
+        plan = following
+    measured = probe_kl(job, plan)
+    return replace(plan, measured_kl=measured) if measured < best_kl else best
+
+
+def _schemes(plan: Plan) -> dict[str, object]:
+    return {name: linear.scheme for name, linear in plan.linears.items()}

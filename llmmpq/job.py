@@ -1,0 +1,77 @@
+"""One piece of work on one model: the opened session, its locked work folder, its tokens, and who is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmmpq import __version__
+from llmmpq.digest import cached_digests, digest_of
+from llmmpq.errors import CheckpointError
+from llmmpq.progress import Progress
+from llmmpq.session import Session, Tokens
+from llmmpq.workdir import DEFAULT_WORK_FOLDER, WorkDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every stage that does long work needs."""
+
+    session: Session
+    work: WorkDir
+    model_digests: Mapping[str, str]
+    tokens: Tokens
+    progress: Progress
+    done: set[tuple[str, int]] = field(default_factory=set)  # stages and blocks quantized by this very run
+
+    def provenance(self) -> dict[str, Any]:
+        session, calibration, probe = self.session, self.tokens.calibration, self.tokens.probe
+        return {
+            "llmmpq": __version__,
+            "model": session.recipe.model,
+            "revision": session.recipe.revision,
+            "model_files": dict(sorted(self.model_digests.items())),
+            "calibration": {
+                "source": calibration.source,
+                "num_tokens": calibration.num_tokens,
+                "window": calibration.ids.shape[1],
+                "digest": calibration.digest,
+            },
+            "probe": {"num_tokens": probe.num_tokens, "digest": probe.digest},
+            "numerics": session.numerics(),
+        }
+
+
+@contextmanager
+def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Progress) -> Iterator[Job]:
+    """Locks the work folder until the context ends."""
+    root = work_dir or out.resolve().parent / DEFAULT_WORK_FOLDER
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot use the work folder {root}: {error.strerror}. Give --work-dir.") from None
+    files = session.source_files()
+    with progress.task("hash the model's files", sum(path.stat().st_size for path in files), "bytes") as advance:
+        try:
+            model_digests = cached_digests(files, root / "file-hashes.json", advance=advance)
+        except OSError as error:
+            raise CheckpointError(f"cannot write in the work folder {root}: {error.strerror}") from None
+    name = Path(session.recipe.model or "model").name
+    with WorkDir(root / f"{name}-{digest_of(model_digests)[:12]}") as work:
+        # Tensors outside the blocks are read last, by the writer: damaged ones must be found before the long run.
+        session.checkpoint.check_finite(session.skeleton.stored_names[tensor.name] for tensor in session.skeleton.kept)
+        tokens = session.tokens()
+        for note in tokens.notes:
+            progress.note(note)
+        recipe = session.recipe.override({"calibration.source": tokens.calibration.source}, source="resolved recipe")
+        yield Job(
+            session=dataclasses.replace(session, recipe=recipe),
+            work=work,
+            model_digests=model_digests,
+            tokens=tokens,
+            progress=progress,
+        )

@@ -1,0 +1,243 @@
+"""Measure a session's model: locally block by block, or by the whole model's output with all pairs of candidates.
+
+The result lies in the work folder under the digest of everything it depends on, and serves every budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmmpq.errors import LlmmpqError
+from llmmpq.execute import quantize_block
+from llmmpq.job import Job
+from llmmpq.measure.block_loss import measure_block
+from llmmpq.measure.candidates import MeasureSettings, candidates_of
+from llmmpq.measure.perturb import Perturbations, expected_forwards
+from llmmpq.model.stream import Block
+from llmmpq.quantize.linear import dequantized
+from llmmpq.quantizing import (
+    execute_settings,
+    finish_ride,
+    name_changes,
+    quantize_stage,
+    ride_through,
+    save_packed,
+    start_ride,
+    stream_of,
+)
+from llmmpq.records import LinearSpec, Plan, Quadratic, Scheme, Sensitivity
+from llmmpq.workdir import Stage
+
+Options = Mapping[str, tuple[Scheme, ...]]
+
+
+def measure_locally(job: Job) -> Sensitivity:
+    """What each option does to the output of its block: one forward of one block per candidate, no pairs."""
+    session, options = job.session, job.session.options()
+    stage = job.work.stage("measure-locally", _inputs(job))
+    name_changes(stage, "measurement", job.progress)
+    known = _known(stage)
+    if known is not None:
+        return known
+    settings = _measure_settings(job)
+    losses: dict[str, tuple[float, ...]] = {}
+    warnings: list[str] = []
+    with job.progress.task("measure", sum(map(len, options.values())), "candidates") as advance:
+        for block in stream_of(job, follow_original=False):
+            done = stage.load_block(block.index)
+            if done is None:
+                found, said = measure_block(block, options, settings, on_candidate=lambda: advance(1))
+                stage.save_block(block.index, {"losses": found, "warnings": said}, {})
+            else:
+                found, said = done[0]["losses"], done[0]["warnings"]
+                advance(sum(len(options[spec.name]) for spec in block.linears))
+            losses |= {name: tuple(values) for name, values in found.items()}
+            warnings += said
+    sensitivity = Sensitivity(
+        linears=session.skeleton.linears,
+        options=options,
+        losses=losses,
+        num_tokens=job.tokens.calibration.num_tokens,
+        digest=stage.digest,
+        warnings=tuple(warnings),
+    )
+    _save(stage, sensitivity)
+    return sensitivity
+
+
+def measure_pairs(job: Job) -> Sensitivity:
+    """What each option does to the model's output, and every two of them together."""
+    options = job.session.options()
+    stage = job.work.stage("measure", _inputs(job) | {"probe tokens": job.tokens.probe.digest})
+    name_changes(stage, "measurement", job.progress)
+    known = _known(stage)
+    if known is not None:
+        return known
+    settings = _measure_settings(job)
+    rows: list[tuple[str, Scheme]] = []
+    warnings: list[str] = []
+
+    def candidates(block: Block) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
+        for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
+            rows.append((spec.name, options[spec.name][position]))
+            yield spec, dequantized(packed, block.original_weights[spec.name].dtype)
+
+    per_block = _options_per_block(job, options)
+    stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
+    ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
+    try:
+        with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
+            for block in stream:
+                ride.through(block, candidates(block), on_forward=advance)
+        found = finish_ride(job, stream, ride, label="measure pairs")
+    finally:
+        ride.store.close()
+    return _finished(job, stage, found, rows, warnings, around=None)
+
+
+def measure_around(job: Job, plan: Plan) -> Sensitivity:
+    """The same around a plan: linears are quantized one after the other, each also in the options it might have had.
+
+    An option is tried on the inputs that the plan gives it, with everything behind it as the plan has it. What the
+    plan's own options gave is kept for the final quantization.
+    """
+    options = job.session.options()
+    inputs = _inputs(job) | {
+        "probe tokens": job.tokens.probe.digest,
+        "around": {name: linear.scheme.to_json() for name, linear in plan.linears.items()},
+        "quantizer settings": job.session.recipe.to_dict()["quantizer"],
+    }
+    stage = job.work.stage("measure-around", inputs)
+    known = _known(stage)
+    if known is not None:
+        return known
+    settings = execute_settings(job.session)
+    dtype = _dtype(job)
+    finished = quantize_stage(job, plan) if dtype == job.session.dtype else None
+    per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
+    stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
+    ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
+    rows: list[tuple[str, Scheme]] = []
+    try:
+        num_forwards = expected_forwards(per_block, extra=2)
+        with job.progress.task("measure around the plan", num_forwards, "block passes") as advance:
+            for block in stream:
+                result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
+                if finished is not None:
+                    save_packed(job, finished, block.index, result)
+                rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
+        found = finish_ride(job, stream, ride, label="measure pairs around the plan")
+    finally:
+        ride.store.close()
+    return _finished(job, stage, found, rows, [], around=plan)
+
+
+def _blocks(job: Job) -> list[list[LinearSpec]]:
+    return [job.session.skeleton.block_linears(index) for index in range(len(job.session.skeleton.block_names))]
+
+
+def _options_per_block(job: Job, options: Options) -> list[int]:
+    return [sum(len(options[spec.name]) for spec in specs) for specs in _blocks(job)]
+
+
+def _measure_settings(job: Job) -> MeasureSettings:
+    recipe = job.session.recipe
+    return MeasureSettings(
+        use_gptq=recipe.measurement.quantizer == "gptq",
+        damping=recipe.quantizer.damping,
+        activation_order=recipe.quantizer.activation_order,
+        column_block=recipe.quantizer.column_block,
+        num_probe_tokens=recipe.measurement.tokens,
+    )
+
+
+def _dtype(job: Job) -> torch.dtype:
+    name = job.session.recipe.measurement.dtype
+    chosen: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    return chosen
+
+
+def _finished(
+    job: Job,
+    stage: Stage,
+    found: Perturbations,
+    rows: list[tuple[str, Scheme]],
+    warnings: list[str],
+    *,
+    around: Plan | None,
+) -> Sensitivity:
+    """Rows in the order of linears and options; the plan's own options are zero rows. Saved into the stage."""
+    options, linears = job.session.options(), job.session.skeleton.linears
+    starts, total = {}, 0
+    for spec in linears:
+        starts[spec.name] = total
+        total += len(options[spec.name])
+    index = [starts[name] + options[name].index(scheme) for name, scheme in rows]
+    gram = np.zeros((total, total))
+    gram[np.ix_(index, index)] = found.gram_CC
+    linear, kl = np.zeros(total), np.full(total, found.base_kl)
+    linear[index], kl[index] = found.linear_C, found.kl_C
+    base = None
+    if around is not None:
+        base = tuple(options[spec.name].index(around.linears[spec.name].scheme) for spec in linears)
+    if found.num_excluded:
+        warnings = [*warnings, f"{found.num_excluded} probe tokens with NaN or inf left out"]
+    sensitivity = Sensitivity(
+        linears=linears,
+        options=options,
+        losses={name: tuple(kl[start : start + len(options[name])].tolist()) for name, start in starts.items()},
+        num_tokens=found.num_tokens,
+        digest=stage.digest,
+        warnings=tuple(warnings),
+        quadratic=Quadratic(
+            gram_OO=gram,
+            linear_O=linear,
+            constant=found.constant,
+            base=base,
+            base_kl=found.base_kl,
+            rounding_kl=found.rounding_kl,
+        ),
+    )
+    _save(stage, sensitivity)
+    return sensitivity
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    recipe = job.session.recipe.to_dict()
+    return {
+        "model": job.model_digests,
+        "calibration tokens": job.tokens.calibration.digest,
+        "measurement settings": {key: value for key, value in recipe["measurement"].items() if key != "memory"},
+        "quantizer settings": {
+            key: value
+            for key, value in recipe["quantizer"].items()
+            if key not in ("sequential", "correction", "algorithm")
+        },
+        "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
+        "numerics": job.session.numerics(),
+    }
+
+
+def _known(stage: Stage) -> Sensitivity | None:
+    loaded = stage.load("sensitivity")
+    if loaded is None:
+        return None
+    # A result that cannot be understood is made again, like one that is missing.
+    with suppress(KeyError, TypeError, AttributeError, LlmmpqError):
+        return Sensitivity.from_json(loaded[0], {name: tensor.numpy() for name, tensor in loaded[1].items()})
+    return None
+
+
+def _save(stage: Stage, sensitivity: Sensitivity) -> None:
+    arrays = {}
+    if sensitivity.quadratic is not None:
+        arrays = {
+            "gram": torch.from_numpy(sensitivity.quadratic.gram_OO),
+            "linear": torch.from_numpy(sensitivity.quadratic.linear_O),
+        }
+    stage.save("sensitivity", sensitivity.to_json(), arrays)
