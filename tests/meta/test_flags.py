@@ -9,7 +9,8 @@ from llmmpq.cli import DECIDED_BY_A_PLAN, RECIPE_FLAGS, app
 from llmmpq.recipe import Recipe
 
 SHARED = """--avg-bits --max-size --fit-vram --context --sequences
---recipe --revision --calib --tokens --window --seed --method --widths --fuse --no-fuse --pin --keep
+--recipe --revision --calib --tokens --window --seed --method --refine
+--widths --fuse --no-fuse --pin --keep
 --quantizer --group-size --symmetric --asymmetric --sequential --no-sequential --correction --device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
