@@ -83,11 +83,12 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
                     **METHODS[method],
                 }
             )
-            (plan,) = pipeline.make_plans(recipe, [budget], work_dir=work / "work", out=work / "plans")
+            plans = work / f"plans-{budget}-{method}"
+            (plan,) = pipeline.make_plans(recipe, [budget], work_dir=work / "work", out=plans)
             schemes = tuple(linear.scheme for linear in plan.linears.values())
             if schemes not in judged:
                 out = work / f"run-{len(judged)}"
-                plan_file = next((work / "plans").glob("*.json"))
+                (plan_file,) = plans.glob("*.json")
                 pipeline.quantize_model(recipe, out=out, work_dir=work / "work", plan_file=plan_file)
                 judged[schemes] = judge(pipeline.load_model(str(out))[1])
             extra, kl = judged[schemes]

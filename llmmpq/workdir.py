@@ -139,6 +139,11 @@ class Stage:
             partial.unlink(missing_ok=True)
             raise _no_room(path, error) from None
 
+    def forget(self, pattern: str) -> None:
+        """Remove saved files whose name fits a pattern."""
+        for path in self.folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

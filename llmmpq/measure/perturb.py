@@ -26,7 +26,7 @@ instead of u was rejected: it costs vocabulary x hidden^2 per token, more than t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,27 @@ class Ride:
             with block.with_original_weights():
                 self._rounded = [block.run_rounded(state, torch.bfloat16) for state in self._rounded]
             self._count(1, on_forward)
+
+    def window_state(self, window: int) -> dict[str, torch.Tensor]:
+        """What `restore` needs of one window to go on from the last block."""
+        held = {"base": self._base[window]}
+        if self._original is not None:
+            held["original"] = self._original[window]
+        if self._rounded is not None:
+            held["rounded"] = self._rounded[window]
+        if self.num_rows:
+            held["rows"] = self.store.read(window, slice(0, self.num_rows))
+        return {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+
+    def restore(self, window: int, held: Mapping[str, torch.Tensor]) -> None:
+        device = self._base[window].device
+        self._base[window] = held["base"].to(device)
+        if self._original is not None:
+            self._original[window] = held["original"].to(device)
+        if self._rounded is not None:
+            self._rounded[window] = held["rounded"].to(device)
+        if "rows" in held:
+            self.store.write(window, slice(0, len(held["rows"])), held["rows"].to(device))
 
     def _forward(self, block: Block, states: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """One forward for as many windows as it may hold."""

@@ -465,7 +465,7 @@ def test_problems_are_shown_and_give_exit_code_2(pipeline, verb, as_json, capsys
         ("quantize demo --pin =4", "PATTERN=BITS"),
         ("quantize demo --pin *.q_proj=", "PATTERN=BITS"),
         ("quantize demo --pin *.q_proj=5", "one of 2, 3, 4, 8"),
-        ("quantize demo --method best", "one of additive, uniform"),
+        ("quantize demo --method best", "one of iqp, additive, local, uniform"),
         ("quantize demo --device GPU", "such as auto, cpu or cuda:1"),
         ("quantize demo --plan p.json --avg-bits 3 --group-size 32", "--avg-bits, --group-size are both given"),
         ("quantize demo --max-shard-size big", "sizes such as 5GB|such as 5GB"),
