@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import Solution, check_feasible, solve, solve_quadratic, to_plan, uniform
+from llmmpq.budgets import budget_of
 from llmmpq.job import Job
 from llmmpq.measuring import measure_around, measure_locally, measure_pairs
-from llmmpq.planning import budget_of, unmeasured_problem
+from llmmpq.planning import unmeasured_problem
 from llmmpq.quantizing import probe_kl
 from llmmpq.records import Plan, Sensitivity
 
@@ -26,10 +28,11 @@ METHODS: dict[str, tuple[Callable[[Job], Sensitivity], bool]] = {
 }
 
 
-def choose_plan(job: Job, *, avg_bits: float | None = None) -> Plan:
-    """The plan for the recipe's budget, or for another average."""
+def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
+    """The plan for the recipe's budget, or for another one, as `budget_of` gives it."""
     session, allocation = job.session, job.session.recipe.allocation
-    budget, nbytes = budget_of(session, avg_bits)
+    budget = budget or budget_of(session)
+    nbytes = budget["nbytes"]
     if budget["kind"] == "bits" or allocation.method == "uniform":
         problem = unmeasured_problem(session)
         solution = uniform(problem, nbytes)

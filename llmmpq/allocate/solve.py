@@ -17,7 +17,7 @@ from math import gcd
 import highspy
 import numpy as np
 
-from llmmpq.allocate.budget import describe
+from llmmpq.allocate.budget import describe, too_small
 from llmmpq.allocate.problem import Problem, Unit
 from llmmpq.allocate.quadratic import Program, solve_program
 from llmmpq.errors import InfeasibleBudgetError
@@ -107,6 +107,8 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
         return
     num_weights = problem.num_weights
     pinned = [unit for unit in problem.units if unit.pinned]
+    if "reserved" in budget:
+        raise InfeasibleBudgetError(too_small(budget, smallest, pinned=bool(pinned)))
     pinned_nbytes = sum(unit.nbytes[0] for unit in pinned)
     overhead = smallest - sum(
         min(scheme.bits for scheme in unit.schemes) * member.num_weights // 8
