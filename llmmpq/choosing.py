@@ -7,7 +7,9 @@ way the one with the least measured KL is kept.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,8 @@ METHODS: dict[str, tuple[Callable[[Job], Sensitivity], bool]] = {
     "additive": (measure_pairs, False),
     "local": (measure_locally, False),
 }
+
+SEARCH_KNOBS = ("target_gap", "time_limit_s")
 
 
 def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
@@ -51,8 +55,34 @@ def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, o
     allocation = job.session.recipe.allocation
     problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
     check_feasible(problem, nbytes, budget)
-    solution = _solve(job, problem, nbytes)
+    solution = _solve_once(job, problem, nbytes, measured=sensitivity.digest)
     return to_plan(problem, solution, method=allocation.method, budget=budget)
+
+
+def _solve_once(job: Job, problem: Problem, nbytes: int, *, measured: str) -> Solution:
+    """The answer is kept: a search that the clock ended would end elsewhere the next time."""
+    allocation = job.session.recipe.to_dict()["allocation"]
+    inputs = {"measurement": measured, "pairs": problem.quadratic is not None, "nbytes": nbytes}
+    stage = job.work.stage("solve", inputs | {key: allocation[key] for key in ("pins", "fuse", *SEARCH_KNOBS)})
+    known = stage.load_result()
+    with suppress(TypeError, KeyError):  # none, or one that cannot be understood: solved again
+        kept = Solution(**{**(known or {}), "choice": tuple((known or {})["choice"])})
+        if len(kept.choice) == len(problem.units):
+            return kept
+    solution = _solve(job, problem, nbytes)
+    if solution.status == "interrupted":
+        job.progress.note(
+            f"The search was interrupted: going on with the best plan so far, at most {solution.gap:.2%} from the "
+            "best. Interrupt again to stop."
+        )
+        return solution
+    if solution.status == "time limit":
+        job.progress.note(
+            f"The search was stopped after {allocation['time_limit_s']:g} s (allocation.time_limit_s): the plan is at "
+            f"most {solution.gap:.2%} from the best for what was measured."
+        )
+    stage.save_result(dataclasses.asdict(solution))
+    return solution
 
 
 def _solve(job: Job, problem: Problem, nbytes: int) -> Solution:

@@ -35,6 +35,7 @@ class Solution:
     loss: float
     nbytes: int
     gap: float
+    status: str = "gap"  # what ended the search: optimal, gap, time limit, interrupted
 
 
 def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solution:
@@ -57,7 +58,13 @@ def solve_quadratic(problem: Problem, budget_nbytes: int, *, target_gap: float, 
         starts.append(around)
     solved = solve_program(program, target_gap=target_gap, time_limit_s=time_limit_s, starts=starts)
     choice = list(solved.choice)
-    return Solution(choice=solved.choice, loss=solved.loss, nbytes=_nbytes(problem, choice), gap=solved.gap)
+    return Solution(
+        choice=solved.choice,
+        loss=solved.loss,
+        nbytes=_nbytes(problem, choice),
+        gap=solved.gap,
+        status=solved.status,
+    )
 
 
 def _measured_around(problem: Problem) -> tuple[int, ...] | None:
