@@ -46,7 +46,7 @@ def measure_locally(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     losses: dict[str, tuple[float, ...]] = {}
     warnings: list[str] = []
     with job.progress.task("measure", sum(map(len, options.values())), "candidates") as advance:
@@ -80,7 +80,7 @@ def measure_pairs(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     rows: list[tuple[str, Scheme]] = []
     warnings: list[str] = []
 
@@ -165,7 +165,7 @@ def _options_per_block(job: Job, options: Options) -> list[int]:
     return [sum(len(options[spec.name]) for spec in specs) for specs in _blocks(job)]
 
 
-def _measure_settings(job: Job) -> MeasureSettings:
+def measure_settings(job: Job) -> MeasureSettings:
     recipe = job.session.recipe
     return MeasureSettings(
         use_gptq=recipe.measurement.quantizer == "gptq",
