@@ -48,7 +48,7 @@ def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, o
     allocation = job.session.recipe.allocation
     problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
     check_feasible(problem, nbytes, budget)
-    solution = _solve(job, problem, nbytes)
+    solution = job.session.ranks.from_first(lambda: _solve(job, problem, nbytes))
     return to_plan(problem, solution, method=allocation.method, budget=budget)
 
 

@@ -27,6 +27,7 @@ from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, wr
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Progress, Silent
 from llmmpq.quantizing import quantize_blocks, quantize_stage
+from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Recipe
 from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
@@ -43,11 +44,15 @@ def quantize_model(
     overwrite: bool = False,
     plan_file: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues."""
+    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues.
+
+    With several `ranks` (`llmmpq.ranks.join()`), every process calls this, and the first writes.
+    """
     progress = progress or Silent()
     started = time.monotonic()
-    session = open_session(recipe)
+    session = open_session(recipe, ranks=ranks)
     plan = None if plan_file is None else plan_from_file(plan_file, session)
     if plan is None:
         check_budget(session)
@@ -55,19 +60,24 @@ def quantize_model(
     with open_job(session, out=out, work_dir=work_dir, progress=progress) as job:
         session, provenance = job.session, job.provenance()
         recipe_yaml = session.recipe.to_yaml()
-        done = claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        done = ranks.from_first(
+            lambda: claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        )
         resumed = 0
         if done:
-            plan = read_plan(out / PLAN_FILE)
-            report = inspect_folder(out)
+            plan, report = ranks.from_first(lambda: (read_plan(out / PLAN_FILE), inspect_folder(out)))
         else:
             plan = plan or choose_plan(job)
-            plan = dataclasses.replace(plan, provenance=provenance)
-            check_disks(out, job.work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
-            stage = quantize_stage(job, plan)
-            resumed, notes = quantize_blocks(job, stage, plan)
-            report = _report(job, plan, notes)
-            _write(session, out, stage, plan, recipe_yaml, report, progress)
+            made = dataclasses.replace(plan, provenance=provenance)
+            nbytes = made.nbytes
+            ranks.from_first(
+                lambda: check_disks(out, job.work.folder, output_nbytes=kept_nbytes + nbytes, journal_nbytes=nbytes)
+            )
+            stage = quantize_stage(job, made)
+            resumed, notes = quantize_blocks(job, stage, made)
+            plan, report = made, _report(job, made, notes)
+            written = report
+            ranks.from_first(lambda: _write(session, out, stage, made, recipe_yaml, written, progress))
             stage.discard()
     return {
         "out": str(out),
@@ -91,24 +101,29 @@ def make_plans(
     out: Path | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Plan]:
     """Measure once, then one plan per budget of average bits; saved into `out` when given."""
     progress = progress or Silent()
-    session = open_session(recipe)
+    session = open_session(recipe, ranks=ranks)
     for bits in budgets:
         check_budget(session, avg_bits=bits)
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
+        ranks.from_first(lambda: _make_plan_folder(out))
     with open_job(session, out=out or Path.cwd() / "plans", work_dir=work_dir, progress=progress) as job:
         provenance = job.provenance()
         plans = [dataclasses.replace(choose_plan(job, avg_bits=bits), provenance=provenance) for bits in budgets]
-    if out is not None:
+    if out is not None and ranks.is_first:
         for bits, plan in zip(budgets, plans, strict=True):
             write_plan(out / f"plan-{bits:.10g}.json", plan)
     return plans
+
+
+def _make_plan_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
 
 
 def check(
@@ -139,7 +154,7 @@ def _write(
         nonlocal cached
         index = plan.linears[name].block
         if cached[0] != index:
-            loaded = stage.load_block(index)
+            loaded = stage.read(stage.block_file(index).stem)
             if loaded is None:
                 raise CheckpointError(f"{stage.block_file(index)} vanished or was damaged: run the same command again")
             cached = (index, loaded[1])
