@@ -14,6 +14,7 @@ for each other.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,8 +62,8 @@ class Ranks:
         """Every num-th window, so that the first n windows of all lie in the first windows of each share."""
         if len(windows) < self.num:
             raise CalibrationError(
-                f"{self.num} processes cannot share {len(windows)} {what} of {windows.shape[1]} tokens: start at most "
-                f"{len(windows)} processes, or ask for more tokens or a shorter --window"
+                f"each of {self.num} processes needs a share of the {what}, and there are {len(windows)} of "
+                f"{windows.shape[1]} tokens: start at most {len(windows)}, or ask for more tokens or a shorter --window"
             )
         return windows if self.num == 1 else windows[self.rank :: self.num]
 
@@ -153,6 +154,8 @@ class Ranks:
         with suppress(RuntimeError):
             self.store.add("failed", 1)
             _wait_until(lambda: self.store.add("failed", 0) >= self.num, LEAVE_S)
+        with suppress(ValueError):  # elsewhere than in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the others: their exit code counts too
 
 
 ALONE = Ranks()
