@@ -141,7 +141,7 @@ class Ranks:
             if not self.is_first:
                 _wait_until(lambda: self.store.add("reported", 0) > 0, LEAVE_WORD_S)
             return bool(self.store.add("reported", 1) == 1)
-        return False  # the first process, which kept the store, has failed before and has said so
+        return True  # the process that kept the store died without a word
 
     def leave(self, *, failed: bool) -> None:
         if self.num == 1:
@@ -207,9 +207,8 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's word for a lost connection and for a timeout
         raise RankError(
-            f"another process of this run ended or cannot be reached ({_first_line(error)}): the same command again "
-            "continues"
-        ) from None
+            "another process of this run ended or cannot be reached; run the same command again to continue"
+        ) from error
 
 
 def _wait_until(holds: Callable[[], bool], seconds: float) -> None:
