@@ -186,10 +186,3 @@ def test_no_process_waits_for_one_that_died_and_the_run_continues(model: Path, r
     again = run_two(*arguments, "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["resumed_blocks"] >= 1
-
-
-def test_other_verbs_do_not_share_their_work(model: Path) -> None:
-    processes = start_two("inspect", model)
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
-    assert sum(stderr.count("only quantize and plan share their work") for _, stderr in said) == 1
