@@ -57,7 +57,9 @@ def main() -> None:
             start = monotonic()
             loss, status = solve_with_scip(program, time_limit_s=5 * args.time_limit)
             verdict = "equal" if abs(loss - solved.loss) <= 1e-6 * abs(loss) else "DIFFERENT"
-            print(f"{'  SCIP':28} {loss:13.6g} {'':13} {verdict:>8} {status:>10} {monotonic() - start:6.1f}", flush=True)
+            print(
+                f"{'  SCIP':28} {loss:13.6g} {'':13} {verdict:>8} {status:>10} {monotonic() - start:6.1f}", flush=True
+            )
     for num_units in (int(text) for text in args.large.split(",") if text):
         for average in (float(text) for text in args.averages.split(",")):
             program = draw_program(num_units, bits=BITS, average=average, seed=0)
@@ -70,7 +72,8 @@ def report(name: str, program: Program, *, target_gap: float, time_limit_s: floa
     solved = solve_program(program, target_gap=target_gap, time_limit_s=time_limit_s)
     seconds = monotonic() - start
     print(
-        f"{name:28} {solved.loss:13.6g} {solved.bound:13.6g} {100 * solved.gap:8.4f} {solved.status:>10} {seconds:6.1f}",
+        f"{name:28} {solved.loss:13.6g} {solved.bound:13.6g} {100 * solved.gap:8.4f} "
+        f"{solved.status:>10} {seconds:6.1f}",
         flush=True,
     )
     return solved
@@ -88,9 +91,7 @@ def load_measured(path: Path) -> Program:
         )
 
 
-def draw_program(
-    num_units: int, *, bits: tuple[float, ...], average: float, seed: int
-) -> Program:
+def draw_program(num_units: int, *, bits: tuple[float, ...], average: float, seed: int) -> Program:
     random = np.random.default_rng(seed)
     shapes = SHAPES[224 if num_units <= 224 else 560]
     weights = [rows * columns for rows, columns in (shapes[unit % len(shapes)] for unit in range(num_units))]

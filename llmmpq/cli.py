@@ -8,6 +8,7 @@ the first alone speaks, of failures one. `main` is the only place that turns an
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as signatures
 import json
 import math
@@ -26,8 +27,8 @@ from typer.main import get_command
 from llmmpq import __version__, tables
 from llmmpq.errors import LlmmpqError, RecipeError
 from llmmpq.flags import (
-    BUDGET,
     DECIDED_BY_A_PLAN,
+    NUM_BUDGETS,
     RECIPE_FLAGS,
     DeviceOption,
     DtypeOption,
@@ -36,6 +37,10 @@ from llmmpq.flags import (
     ModelArgument,
     OutOption,
     OverwriteOption,
+    ParetoOption,
+    PlanBitsOption,
+    PlanSizesOption,
+    PlanVramOption,
     QuietOption,
     RecipeOption,
     RunnableArgument,
@@ -43,7 +48,7 @@ from llmmpq.flags import (
 )
 from llmmpq.progress import Progress, Silent, Terminal
 from llmmpq.ranks import ALONE, Ranks, join, launched
-from llmmpq.recipe import SEED_RULE, Recipe, load_recipe
+from llmmpq.recipe import SEED_RULE, Budget, Recipe, load_recipe
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -85,7 +90,7 @@ def _run(arguments: list[str], ranks: Ranks) -> int:
     # Not `app()`: in typer 0.29 that turns Ctrl-C into a bare exit code, and any broken pipe into a silent exit.
     try:
         command = get_command(app)
-        with command.make_context("llmmpq", arguments, obj=ranks) as context:
+        with command.make_context("llmmpq", list(_with_values(arguments)), obj=ranks) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
@@ -104,6 +109,14 @@ def _run(arguments: list[str], ranks: Ranks) -> int:
             print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _with_values(arguments: Sequence[str]) -> Iterator[str]:
+    """`--pareto` alone stands for `--pareto 24`; typer knows no option whose value may be left out."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        yield argument
+        if argument == "--pareto" and not following.removeprefix("-").isdecimal():
+            yield str(NUM_BUDGETS)
 
 
 def _fail(message: str, ranks: Ranks) -> int:
@@ -199,6 +212,7 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers can load. The same command again continues."""
+    _refuse_idle_flags(recipe.budget, given)
     if plan is not None and (decided := [name for name in DECIDED_BY_A_PLAN if name in given]):
         flags = ", ".join("--" + name.replace("_", "-") for name in decided)
         raise RecipeError(
@@ -219,11 +233,16 @@ def quantize(
 
 
 def _default_out(recipe: Recipe, plan: Path | None) -> Path:
-    """<model>-<bits>bit in the current folder."""
+    """<model>-<budget> in the current folder."""
     name = Path(recipe.model or "").expanduser().resolve().name or "model"
-    budget = recipe.resolve().budget
-    bits = budget.avg_bits if budget.bits is None else budget.bits
-    return Path(f"{name}-{bits:g}bit" if plan is None else f"{name}-{plan.stem}")
+    return Path(f"{name}-{recipe.budget.label}" if plan is None else f"{name}-{plan.stem}")
+
+
+def _refuse_idle_flags(budget: Budget, given: Mapping[str, Any]) -> None:
+    idle = ["--" + name for name in ("context", "sequences") if name in given]
+    if idle and budget.fit_vram is None:
+        asked = f"--{(budget.kind or 'avg_bits').replace('_', '-')}"
+        raise RecipeError(f"{' and '.join(idle)} would change nothing: the budget is {asked}; use it with --fit-vram")
 
 
 @_recipe_verb()
@@ -238,6 +257,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `quantize` with the same flags would do and need. Nothing is written; exit code 2 if it cannot work."""
+    _refuse_idle_flags(recipe.budget, given)
     with _pipeline(quiet=quiet) as (pipeline, _):
         result = pipeline.check(recipe, out=out, work_dir=work_dir, overwrite=overwrite)
     _show(tables.show_check, result, as_json=as_json)
@@ -245,40 +265,46 @@ def check(
         raise typer.Exit(EXIT_MISTAKE)
 
 
-@_recipe_verb(without=("avg_bits", "bits"))
+@_recipe_verb(without=("avg_bits", "bits", "max_size", "fit_vram"))
 def plan(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
     context: typer.Context,
-    avg_bits: Annotated[
-        str | None,
-        typer.Option(
-            "--avg-bits",
-            metavar="<2.5,3,3.5>",
-            rich_help_panel=BUDGET,
-            show_default=False,
-            help="True bits per weight: one budget, or several that share one measurement.",
-        ),
-    ] = None,
+    avg_bits: PlanBitsOption = None,
+    max_size: PlanSizesOption = None,
+    fit_vram: PlanVramOption = None,
+    pareto: ParetoOption = None,
     out: OutOption = None,
     work_dir: WorkOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the bits of MODEL for one or several budgets, without quantizing it."""
+    """Choose the bits of MODEL for one or several budgets, which share one measurement, without quantizing it."""
+    asked: list[tuple[str, Any]] = []
     if avg_bits is not None:
-        budgets = _read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
-    elif recipe.budget.bits is not None:
+        bits = _read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
+        asked += [("avg_bits", value) for value in bits]
+    for kind, sizes in (("max_size", max_size), ("fit_vram", fit_vram)):
+        asked += [] if sizes is None else [(kind, value) for value in sizes.split(",")]
+    budgets = [recipe.override({f"budget.{kind}": value}).budget for kind, value in asked]
+    if budgets:
+        recipe = dataclasses.replace(recipe, budget=budgets[0])
+    elif pareto is None and recipe.budget.bits is not None:
         raise RecipeError(f"the recipe asks for {recipe.budget.bits} bits everywhere: nothing to plan; give --avg-bits")
-    else:
-        budgets = [recipe.resolve().budget.avg_bits]
-    for bits in reversed(budgets):
-        recipe = recipe.override({"budget.avg_bits": bits})
-    budgets = list(dict.fromkeys(budgets))
+    elif pareto is None:
+        recipe = recipe.resolve()
+        budgets = [recipe.budget]
+    if not any(budget.fit_vram for budget in budgets):
+        _refuse_idle_flags(recipe.budget, given)
+    result: dict[str, Any] = {"out": None if out is None else str(out), "plans": []}
+    places = {"out": out, "work_dir": work_dir, "ranks": context.obj}
     with _pipeline(quiet=quiet, ranks=context.obj) as (pipeline, progress):
-        plans = pipeline.make_plans(recipe, budgets, out=out, work_dir=work_dir, progress=progress, ranks=context.obj)
-    result = {"out": None if out is None else str(out), "plans": [made.to_json() for made in plans]}
+        if budgets:
+            plans = pipeline.make_plans(recipe, list(dict.fromkeys(budgets)), **places, progress=progress)
+            result["plans"] = [made.to_json() for made in plans]
+        if pareto is not None:
+            result["curve"] = pipeline.trace_curve(recipe, pareto, **places, progress=progress)
     _show(tables.show_plans, result, as_json=as_json)
 
 

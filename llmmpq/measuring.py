@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmmpq.errors import LlmmpqError
-from llmmpq.execute import quantize_block
+from llmmpq.execute import apply_result, quantize_block
 from llmmpq.job import Job
 from llmmpq.measure.block_loss import measure_block
 from llmmpq.measure.candidates import MeasureSettings, candidates_of
@@ -23,6 +23,7 @@ from llmmpq.quantize.linear import dequantized
 from llmmpq.quantizing import (
     execute_settings,
     finish_ride,
+    load_packed,
     name_changes,
     quantize_stage,
     ride_through,
@@ -31,6 +32,7 @@ from llmmpq.quantizing import (
     stream_of,
 )
 from llmmpq.records import LinearSpec, Plan, Quadratic, Scheme, Sensitivity
+from llmmpq.ridejournal import RideJournal
 from llmmpq.workdir import Stage
 
 Options = Mapping[str, tuple[Scheme, ...]]
@@ -44,7 +46,7 @@ def measure_locally(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     losses: dict[str, tuple[float, ...]] = {}
     warnings: list[str] = []
     with job.progress.task("measure", sum(map(len, options.values())), "candidates") as advance:
@@ -78,7 +80,7 @@ def measure_pairs(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     rows: list[tuple[str, Scheme]] = []
     warnings: list[str] = []
 
@@ -91,13 +93,20 @@ def measure_pairs(job: Job) -> Sensitivity:
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
+        journal = RideJournal(stage, ride)
+        rows += journal.resume(warnings=warnings)
         with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
+            advance(int(ride.num_forwards))
             for block in stream:
-                ride.through(block, candidates(block), on_forward=advance)
+                if block.index > journal.last_block:
+                    ride.through(block, candidates(block), on_forward=advance)
+                    journal.save(block.index, rows, warnings=warnings)
         found = finish_ride(job, stream, ride, label="measure pairs")
     finally:
         ride.store.close()
-    return _finished(job, stage, found, rows, warnings, around=None)
+    sensitivity = _finished(job, stage, found, rows, warnings, around=None)
+    journal.close()
+    return sensitivity
 
 
 def measure_around(job: Job, plan: Plan) -> Sensitivity:
@@ -118,23 +127,34 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
         return known
     settings = execute_settings(job.session)
     dtype = _dtype(job)
-    finished = quantize_stage(job, plan) if dtype == job.session.dtype else None
+    # In another arithmetic the blocks come out a little different, and are not those of the final model.
+    finished = quantize_stage(job, plan) if dtype == job.session.dtype else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
     try:
+        journal = RideJournal(stage, ride)
+        rows += journal.resume(warnings=[], needs=lambda index: finished.load_block(index) is not None)
         num_forwards = expected_forwards(per_block, extra=2)
         with job.progress.task("measure around the plan", num_forwards, "block passes") as advance:
+            advance(int(ride.num_forwards))
             for block in stream:
+                if block.index <= journal.last_block:
+                    known_block = load_packed(finished, block.index, plan)
+                    if settings.sequential and known_block is not None:
+                        apply_result(block, known_block)
+                    continue
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
-                if finished is not None:
-                    save_packed(job, finished, block.index, result)
+                save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
+                journal.save(block.index, rows, warnings=[])
         found = finish_ride(job, stream, ride, label="measure pairs around the plan")
     finally:
         ride.store.close()
-    return _finished(job, stage, found, rows, [], around=plan)
+    sensitivity = _finished(job, stage, found, rows, [], around=plan)
+    journal.close()
+    return sensitivity
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:
@@ -145,7 +165,7 @@ def _options_per_block(job: Job, options: Options) -> list[int]:
     return [sum(len(options[spec.name]) for spec in specs) for specs in _blocks(job)]
 
 
-def _measure_settings(job: Job) -> MeasureSettings:
+def measure_settings(job: Job) -> MeasureSettings:
     recipe = job.session.recipe
     return MeasureSettings(
         use_gptq=recipe.measurement.quantizer == "gptq",

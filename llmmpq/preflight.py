@@ -1,7 +1,8 @@
 """What a run would need and produce, in seconds and without reading weights.
 
 Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
-original is followed beside the quantized one), the second moments and factor of the widest input, the states. Time
+original is followed beside the quantized one), the second moments and factor of the widest input, the states, and those
+of all candidates where they are measured by the model's output (on a GPU they may fit there instead). Time
 is the number of multiplications over a rate measured on the spot, in float32 as the quantizer computes; a GPU runs the
 blocks themselves faster in 16 bits. It is an estimate and says so.
 """
@@ -19,11 +20,12 @@ import psutil
 import torch
 
 from llmmpq import __version__
-from llmmpq.allocate.budget import describe
+from llmmpq.allocate.budget import describe, parts_of
 from llmmpq.allocate.problem import Problem
-from llmmpq.errors import CheckpointError
+from llmmpq.allocate.solve import check_feasible
+from llmmpq.budgets import budget_of
+from llmmpq.errors import CheckpointError, InfeasibleBudgetError
 from llmmpq.output import foresee_output
-from llmmpq.planning import budget_of
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
@@ -37,9 +39,9 @@ def preflight(
     session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None, overwrite: bool
 ) -> dict[str, Any]:
     skeleton, recipe = session.skeleton, session.recipe
-    budget, nbytes = budget_of(session)
+    budget = budget_of(session)
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
-    quantized_nbytes = max(min(nbytes, problem.largest_nbytes), problem.smallest_nbytes)
+    quantized_nbytes = max(min(budget["nbytes"], problem.largest_nbytes), problem.smallest_nbytes)
     output_nbytes = quantized_nbytes + kept_nbytes
     work_nbytes = _work_nbytes(session)
     on_cpu = session.device.type == "cpu"
@@ -47,10 +49,13 @@ def preflight(
     on_host = states_nbytes if recipe.run.activations == "host" else 0
     folder = Path.cwd() if out is None else out.resolve().parent
     work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
-    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes)
+    waiting_nbytes = _waiting_nbytes(session)
+    on_disk = waiting_nbytes if waiting_nbytes > recipe.measurement.memory_nbytes else 0
+    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes + on_disk)
     work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
+    ram_nbytes += waiting_nbytes - on_disk
     vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
     problems, notes = [], []
@@ -60,9 +65,14 @@ def preflight(
                 notes.append(f"--out {out} seems to hold this result already: quantize will compare digests, then say")
         except CheckpointError as error:
             problems.append(str(error))
-    if nbytes < problem.smallest_nbytes:
-        needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
-        problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    try:
+        if budget["kind"] != "bits":
+            check_feasible(problem, budget["nbytes"], budget)
+    except InfeasibleBudgetError as error:
+        problems.append(str(error))
+    longest = session.max_window()
+    if budget["kind"] == "fit_vram" and longest is not None and budget["context"] > longest:
+        notes.append(f"--context {budget['context']:,} is more than the {longest:,} tokens that the model is made for")
     problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
         ("memory", ram_nbytes, ram_free),
@@ -84,6 +94,8 @@ def preflight(
         "num_weights": problem.num_weights,
         "source_nbytes": session.checkpoint.nbytes,
         "budget": describe(budget),
+        "budget_parts": parts_of(budget, quantized_nbytes),
+        "budget_total_nbytes": budget.get("total_nbytes"),
         "quantized_nbytes": quantized_nbytes,
         "kept_nbytes": kept_nbytes,
         "output_nbytes": output_nbytes,
@@ -202,8 +214,6 @@ def _estimate_seconds(session: Session) -> float | None:
         return None
     recipe = session.recipe
     tokens = recipe.calibration.tokens
-    measured = recipe.budget.bits is None and recipe.allocation.method != "uniform"
-    num_options = len(recipe.allocation.widths)
     total = 0.0
     for specs in _block_specs(session):
         weights = sum(spec.num_weights for spec in specs)
@@ -213,12 +223,51 @@ def _estimate_seconds(session: Session) -> float | None:
         factors = sum(spec.shape[1] ** 3 for spec in specs) / 3
         rounding = sum(spec.num_weights * spec.shape[1] for spec in specs)
         total += 2 * tokens * moments + factors + rounding
-        if measured:
-            probe = min(recipe.measurement.tokens, tokens)
-            total += len(specs) * num_options * probe * weights + num_options * rounding
-            total += 2 * tokens * weights + tokens * moments + factors
+        if _is_measured(session):
+            total += _num_rounds(session) * len(recipe.allocation.widths) * rounding
+            total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.
-    return math.ceil(2 * total / rate) + 5.0
+    return math.ceil(2 * (total + _measuring_multiplications(session)) / rate) + 5.0
+
+
+def _is_measured(session: Session) -> bool:
+    return session.recipe.budget.bits is None and session.recipe.allocation.method != "uniform"
+
+
+def _num_rounds(session: Session) -> int:
+    """How often the model is measured: once, and again around each plan."""
+    allocation = session.recipe.allocation
+    return 1 + (allocation.refine if allocation.method == "iqp" else 0)
+
+
+def _measuring_multiplications(session: Session) -> float:
+    """Forwards of the candidates, and for the pairs the head and the products of all with all."""
+    if not _is_measured(session):
+        return 0.0
+    skeleton, recipe = session.skeleton, session.recipe
+    probe, num_options = recipe.measurement.tokens, len(recipe.allocation.widths)
+    blocks = _block_specs(session)
+    if recipe.allocation.method == "local":
+        return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
+    config = skeleton.model.config.get_text_config()
+    num_candidates = num_options * len(skeleton.linears)
+    joined, forwards = 0, 0.0
+    for specs in blocks:
+        joined += num_options * len(specs)
+        forwards += (joined + 2) * sum(spec.num_weights for spec in specs)
+    head = num_candidates * config.vocab_size * (config.hidden_size + num_candidates / 2)
+    return _num_rounds(session) * probe * (forwards + head)
+
+
+def _waiting_nbytes(session: Session) -> int:
+    """The states of all candidates of the cross-layer measurement."""
+    recipe = session.recipe
+    if not _is_measured(session) or recipe.allocation.method == "local":
+        return 0
+    num_candidates = len(recipe.allocation.widths) * len(session.skeleton.linears)
+    hidden = session.skeleton.model.config.get_text_config().hidden_size
+    itemsize = 2 if recipe.measurement.dtype in ("bfloat16", "float16") else 4
+    return num_candidates * recipe.measurement.tokens * hidden * itemsize
 
 
 def _multiplications_per_second(device: torch.device) -> float:

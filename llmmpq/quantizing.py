@@ -47,12 +47,12 @@ def quantize_blocks(
     stream = stream_of(job, follow_original=settings.follow_original, many=ride is not None)
     with job.progress.task("quantize", len(job.session.skeleton.linears), "layers") as advance:
         for block in stream:
-            known = stage.load_block(block.index)
+            known = load_packed(stage, block.index, plan)
             if known is None:
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: advance(1))
                 save_packed(job, stage, block.index, result)
             else:
-                result = _unflat(known, plan)
+                result = known
                 resumed += (stage.digest, block.index) not in job.done
                 advance(len(block.linears))
                 if settings.sequential:
@@ -168,7 +168,11 @@ def name_changes(stage: Stage, what: str, progress: Progress) -> None:
         progress.note(f"{' and '.join(changed)} changed since the last {what} here: it is done anew")
 
 
-def _unflat(known: tuple[dict[str, Any], dict[str, torch.Tensor]], plan: Plan) -> BlockResult:
+def load_packed(stage: Stage, index: int, plan: Plan) -> BlockResult | None:
+    """A journaled block; None when it has to be done (again)."""
+    known = stage.load_block(index)
+    if known is None:
+        return None
     notes, tensors = known
     packed = {
         name: PackedTensor(

@@ -148,8 +148,11 @@ class Stage:
         return json.loads(metadata["notes"]), tensors
 
     def save(self, name: str, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        if not self.ranks.is_first:
-            return
+        if self.ranks.is_first:
+            self.write(name, notes, tensors)
+
+    def write(self, name: str, notes: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """The same for this process alone, under a name that is its own."""
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
         stored = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -163,6 +166,11 @@ class Stage:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise _no_room(path, error) from None
+
+    def forget(self, pattern: str) -> None:
+        """Remove saved files whose name fits a pattern."""
+        for path in self.folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         if self.ranks.is_first:

@@ -37,9 +37,10 @@ class Search:
         self.bound = -np.inf
         self.struck_at = np.inf
         self.rounding = 0.0
+        self.certify_s = 0.0  # what making one bound certain took: kept free before the deadline
 
-    def late(self) -> bool:
-        return monotonic() >= self.deadline
+    def late(self, *, spare_s: float = 0.0) -> bool:
+        return monotonic() + spare_s >= self.deadline
 
     def offer(self, picked_U: np.ndarray | None) -> None:
         if picked_U is None or not self.whole.fits(picked_U):

@@ -106,13 +106,13 @@ def _split(reduced: Reduced, convex: Convex, node: Node) -> list[Node]:
     shape = (reduced.num_units, reduced.width)
     point, rows = node.point_N.astype(np.float64), node.allowed_N.reshape(shape)
     given = np.full(reduced.num_units, -1.0)
-    for unit in np.flatnonzero(rows.sum(axis=1) > 1):
+    for unit in np.flatnonzero(rows.sum(axis=1) > 1).tolist():
         here = slice(unit * reduced.width, (unit + 1) * reduced.width)
         block, mine = convex.matrix_NN[here, here], point[here]
         given[unit] = np.diag(block) @ mine - mine @ block @ mine + 1e-6 * (1 - mine.max())
     unit = int(given.argmax())
     children = []
-    for option in np.flatnonzero(rows[unit]):
+    for option in np.flatnonzero(rows[unit]).tolist():
         allowed = rows.copy()
         allowed[unit] = False
         allowed[unit, option] = True

@@ -7,7 +7,7 @@ model the losses of the units add up; with one, the products between the options
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmmpq.errors import InfeasibleBudgetError, RecipeError
 from llmmpq.patterns import matches
@@ -22,7 +22,7 @@ class Unit:
     schemes: tuple[Scheme, ...]
     nbytes: tuple[int, ...]
     losses: tuple[float, ...]
-    rows: tuple[tuple[int, ...], ...] = ()  # for each option its members' rows in the quadratic model
+    rows: tuple[tuple[int, ...], ...] = field(default=(), compare=False)  # each option's, in the quadratic model
     pinned: bool = False
 
     @property

@@ -7,12 +7,13 @@ A `Convex` program equals the original on every one-hot x:
 Relaxed to the simplices of the units, its minimum is a lower bound, and so is every linearisation of it at any z with
 any prices >= 0 on the limits (costs are divided by their limit):
 
-    loss(x) >= constant - z'Pz + sum over units of min over options (g + prices costs) - sum of prices,  g = linear + 2Pz
+    loss(x) >= constant - z'Pz + sum over units of min over options (g + prices costs) - sum of prices,
+    g = linear + 2Pz
 
 which is how bounds are computed here: from z and the prices alone, whatever became of the iterations that found them.
 Those are block coordinate descent: one unit at a time moves weight from its worst used to its best option by the exact
-step, for all subproblems of the batch together; the limits stand in an augmented Lagrangian. Projected gradients and
-Frank-Wolfe were tried first: they need tens of times more passes over P.
+step, for all subproblems of the batch together; the limits stand in an augmented Lagrangian. Projected
+gradients and Frank-Wolfe would treat all units at once, but every step of theirs is a pass over P.
 
 Shapes: B subproblems, N = U W options, K limits.
 """

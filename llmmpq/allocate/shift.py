@@ -16,8 +16,9 @@ whose optimum over the block of one unit is in closed form: with M = diag(z) - z
 weight mu / (their reduced loss), the interior-point rule. P^-1 is kept for the options that still matter, and updated
 for many units at a time (Woodbury), so a pass over all units costs about one matrix product.
 
-The result is checked by a Cholesky factorisation; what rounding spoils is put back on the diagonal. Alternatives: the
-plain Gram matrix leaves tens of percent on small measured problems; a shift of the diagonal alone about half of it.
+The result is checked by a Cholesky factorisation; what rounding spoils is put back on the diagonal. Why not leave the
+Gram matrix as it is: on drawn programs of 224 x 11 its relaxation left 5 % at 2.5 bits and 19 % at 4, the shift 0.5 %
+and 5 %.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from llmmpq.allocate.program import Reduced
 from llmmpq.allocate.relax import Convex, limit_shares
 
 COLUMNS_AT_A_TIME = 128
+ROUNDING = 1e-8  # eigenvalues of a scaled matrix this far below zero are rounding, mended at the end
 
 
 def centre(reduced: Reduced, picked_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,19 +77,29 @@ def make_positive(matrix_NN: np.ndarray, live_L: np.ndarray) -> None:
     if not len(live_L):
         return
     own = matrix_NN[np.ix_(live_L, live_L)]
-    scale = np.sqrt(np.maximum(np.diag(own), 1e-12 * max(float(np.diag(own).max()), 1e-300)))
-    own /= scale[:, None] * scale[None, :]
-    lift, eye = 1e-11, np.arange(len(live_L))
-    diagonal = np.diag(own).copy()
-    while True:
-        own[eye, eye] = diagonal + lift
-        try:
-            np.linalg.cholesky(own)
-            break
-        except np.linalg.LinAlgError:
-            lift *= 4
+    lift = 1e-11
+    while not _is_positive(own, lift=lift):
+        lift *= 4
     # Factorisation in rounded numbers proves a neighbour of the matrix positive: twice the lift covers it.
-    matrix_NN[live_L, live_L] += 2 * lift * scale**2
+    matrix_NN[live_L, live_L] += 2 * lift * _scale(own) ** 2
+
+
+def _is_positive(matrix: np.ndarray, *, lift: float) -> bool:
+    """Whether the matrix, scaled to a unit diagonal, has no eigenvalue below -lift."""
+    scale = _scale(matrix)
+    scaled = matrix / scale[:, None]
+    scaled /= scale[None, :]
+    np.fill_diagonal(scaled, np.diag(scaled) + lift)
+    try:
+        np.linalg.cholesky(scaled)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _scale(matrix: np.ndarray) -> np.ndarray:
+    diagonal = np.diag(matrix)
+    return np.sqrt(np.maximum(diagonal, max(1e-12 * float(diagonal.max()), 1e-300)))
 
 
 def barrier_weights(reduced: Reduced, *, point_N: np.ndarray, reduced_N: np.ndarray, barrier: float) -> np.ndarray:
@@ -113,10 +125,14 @@ class Shifter:
         if len(held):
             cross = matrix_NN[np.ix_(held, self.live_L)]
             self.schur_LL -= cross.T @ np.linalg.solve(matrix_NN[np.ix_(held, held)], cross)
-        self.inverse_LL = np.linalg.inv(self.schur_LL)
+        self.inverse_LL = self.schur_LL  # until the first pass
 
-    def sweep(self, *, weight_N: np.ndarray, barrier: float) -> None:
-        """The closed-form step for every unit's block in turn, COLUMNS_AT_A_TIME of them to one update."""
+    def sweep(self, *, weight_N: np.ndarray, barrier: float) -> bool:
+        """The closed-form step for every unit's block in turn, COLUMNS_AT_A_TIME of them to one update.
+
+        False where rounding has left P indefinite: the pass is then to be undone.
+        """
+        self.inverse_LL = np.linalg.inv(self.schur_LL)
         units = self.unit_of_N[self.live_L]
         edges = [0, *(np.flatnonzero(units[1:] != units[:-1]) + 1).tolist(), len(units)]
         group: list[slice] = []
@@ -125,7 +141,7 @@ class Shifter:
             if last - group[0].start >= COLUMNS_AT_A_TIME or last == len(units):
                 self._step(group, weight_N=weight_N, barrier=barrier)
                 group = []
-        self.inverse_LL = np.linalg.inv(self.schur_LL)
+        return _is_positive(self.schur_LL, lift=ROUNDING)
 
     def _step(self, group: list[slice], *, weight_N: np.ndarray, barrier: float) -> None:
         start, stop = group[0].start, group[-1].stop

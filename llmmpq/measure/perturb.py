@@ -26,7 +26,7 @@ instead of u was rejected: it costs vocabulary x hidden^2 per token, more than t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,31 @@ class Ride:
                 self._rounded = [block.run_rounded(state, torch.bfloat16) for state in self._rounded]
             self._count(1, on_forward)
 
+    @property
+    def num_windows(self) -> int:
+        return len(self._base)
+
+    def window_state(self, window: int) -> dict[str, torch.Tensor]:
+        """What `restore` needs of one window to go on from the last block."""
+        held = {"base": self._base[window]}
+        if self._original is not None:
+            held["original"] = self._original[window]
+        if self._rounded is not None:
+            held["rounded"] = self._rounded[window]
+        if self.num_rows:
+            held["rows"] = self.store.read(window, slice(0, self.num_rows))
+        return {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+
+    def restore(self, window: int, held: Mapping[str, torch.Tensor]) -> None:
+        device = self._base[window].device
+        self._base[window] = held["base"].to(device)
+        if self._original is not None:
+            self._original[window] = held["original"].to(device)
+        if self._rounded is not None:
+            self._rounded[window] = held["rounded"].to(device)
+        if "rows" in held:
+            self.store.write(window, slice(0, len(held["rows"])), held["rows"].to(device))
+
     def _forward(self, block: Block, states: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """One forward for as many windows as it may hold."""
         step = max(1, self.tokens_per_forward // states[0].shape[1])
@@ -184,22 +209,26 @@ class _Sums:
         if rounded_TV is not None:
             change_TV = _centred(rounded_TV - original_TV, p_TV)
             self.rounding_kl = (self.rounding_kl or 0.0) + float(_kl(change_TV, p_TV).double().sum())
-        # In place from here: the logits become the changes and then the rows u.
+        # In place from here: the logits become the changes and then the rows u. Every pass over them counts.
         change_CTV = logits_CTV.sub_(base_TV)
-        broken_C = ~torch.isfinite(change_CTV.sum((1, 2)))
+        mean_CT = _mean(change_CTV, p_TV)
+        broken_C = ~torch.isfinite(mean_CT.sum(1))
         if bool(broken_C.any()):
             self.broken |= broken_C.cpu()
-            change_CTV[broken_C] = 0.0
-        change_CTV.sub_(_mean(change_CTV, p_TV)[..., None])
-        kl_C = _kl(change_CTV + base_change_TV, p_TV).double().sum(-1)
+            change_CTV[broken_C], mean_CT[broken_C] = 0.0, 0.0
+        change_CTV.sub_(mean_CT[..., None])
+        moved = bool(base_change_TV.any())
+        kl_C = _kl(change_CTV + base_change_TV if moved else change_CTV, p_TV).double().sum(-1)
         self.kl[1:] += kl_C.cpu()
         self.kl[0] += float(_kl(base_change_TV, p_TV).double().sum())
         root_TV = p_TV.sqrt()
-        rows = torch.cat([base_change_TV[None], change_CTV]).mul_(root_TV).flatten(1)
+        rows, base_row = change_CTV.mul_(root_TV).flatten(1), base_change_TV.mul_(root_TV).flatten()
+        self.gram[0, 0] += (base_row @ base_row).double().cpu()
+        self.gram[1:, 0] += (rows @ base_row).double().cpu()
         for start in range(0, len(rows), ROW_BLOCK):
             part = rows[start : start + ROW_BLOCK]
             end = start + len(part)
-            self.gram[start:end, :end] += (part @ rows[:end].t()).double().cpu()
+            self.gram[start + 1 : end + 1, 1 : end + 1] += (part @ rows[:end].t()).double().cpu()
         self.num_tokens += len(p_TV)
 
     def sum_over(self, ranks: Ranks) -> None:

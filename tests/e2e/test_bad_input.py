@@ -527,14 +527,14 @@ def test_a_disk_too_small_for_the_output(attempt: Attempt, small_disk: Callable[
     [
         (0, "No space left on device"),
         (4, "No space left on device"),
-        (16, "are needed for the journal of finished blocks"),
+        (96, "are needed for the journal of finished blocks"),
     ],
 )
 def test_a_disk_too_small_for_the_journal(
     num_free: int, says: str, attempt: Attempt, small_disk: Callable[[str], Path]
 ) -> None:
     """`num_free` pages of 4 KiB are left: nothing, the inputs of a stage, a measurement but not all blocks."""
-    disk = small_disk("256k")
+    disk = small_disk("1m")
     num_pages = shutil.disk_usage(disk).free // 4096
     (disk / "ballast").write_bytes(bytes(4096 * (num_pages - num_free)))
     attempt.fails("--work-dir", disk / "work", says=says)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmmpq import pipeline
+from llmmpq import pipeline, ridejournal
 from llmmpq.errors import CheckpointError
+from llmmpq.measure.perturb import Ride
 from llmmpq.pipeline import quantize_model
-from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.recipe import Budget, Recipe, load_recipe
 from llmmpq.workdir import Stage
 from tests import tiny
 from tests.e2e.running import (
@@ -28,13 +29,14 @@ from tests.e2e.running import (
 )
 
 NUM_BLOCKS = 2
-# In the order in which a run takes them: each block measured, the measurement, each block quantized, the output.
-STEPS = [
-    *[f"measured-block-{n}" for n in range(NUM_BLOCKS)],
-    "measurement",
-    *[f"block-{n}" for n in range(NUM_BLOCKS)],
-    "output",
-]
+# More than any run here saves; a test below says that it is not fewer.
+MOST_SAVES = 24
+
+
+@pytest.fixture(autouse=True)
+def snapshots_after_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridejournal, "SNAPSHOT_EVERY_S", 0.0)
+    monkeypatch.setattr(ridejournal, "LARGEST_SHARE", 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +73,14 @@ def test_another_folder_gives_the_same_files(recipe: Recipe, reference: tuple[Pa
     ]
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("position", range(len(STEPS)), ids=STEPS)
-def test_interrupted_where_something_is_saved(
-    position: int,
-    after: bool,
-    recipe: Recipe,
-    reference: tuple[Path, Path, int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = 0
+def counting_saves(patch: pytest.MonkeyPatch, *, interrupt_at: int, after: bool) -> list[str]:
+    """Have the `interrupt_at`th save of a run fail, before or after it is done; returns what was saved, as it comes."""
+    seen: list[str] = []
 
-    def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
+    def interrupting(function: Callable[..., Any], label: str) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            now, calls = calls == position, calls + 1
+            now = len(seen) == interrupt_at
+            seen.append(args[1] if label == "save" else label)
             if now and not after:
                 raise Interrupted
             result = function(*args, **kwargs)
@@ -96,21 +90,88 @@ def test_interrupted_where_something_is_saved(
 
         return wrapped
 
+    patch.setattr(Stage, "save", interrupting(Stage.save, "save"))
+    patch.setattr(Stage, "save_result", interrupting(Stage.save_result, "marker"))
+    patch.setattr(pipeline, "write_output", interrupting(pipeline.write_output, "output"))
+    return seen
+
+
+def test_every_kind_of_save_is_among_those_interrupted(
+    recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        seen = counting_saves(patch, interrupt_at=-1, after=False)
+        quantize_model(recipe, out=tmp_path / "out")
+    assert len(seen) <= MOST_SAVES
+    assert {"ride-0000-0000", "ride-0001-0000", "marker", "sensitivity", "block-0001", "output"} <= set(seen)
+    assert seen.count("sensitivity") == 2  # measured, and again around the plan
+
+
+@pytest.mark.parametrize(("position", "after"), [(n, n % 2 == 1) for n in range(MOST_SAVES)])
+def test_interrupted_where_something_is_saved(
+    position: int,
+    after: bool,
+    recipe: Recipe,
+    reference: tuple[Path, Path, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_block", interrupting(Stage.save_block))
-        patch.setattr(Stage, "save_result", interrupting(Stage.save_result))
-        patch.setattr(pipeline, "write_output", interrupting(pipeline.write_output))
-        with pytest.raises(Interrupted):
+        seen = counting_saves(patch, interrupt_at=position, after=after)
+        try:
             quantize_model(recipe, out=out)
-    written = STEPS[position] == "output" and after
-    assert out.exists() == written
+        except Interrupted:
+            assert len(seen) == position + 1
+        else:
+            assert len(seen) <= position  # nothing left to interrupt
+    written = out.exists()
+    assert written == (len(seen) <= position or (seen[-1] == "output" and after))
     summary = quantize_model(recipe, out=out)
-    num_quantized = max(0, position - NUM_BLOCKS - 1 + after)
-    assert summary["resumed_blocks"] == (0 if written else min(num_quantized, NUM_BLOCKS))
     assert summary["already_done"] == written
     assert digests(out) == digests(reference[0])
     assert leftovers(tmp_path) == []
+
+
+def test_an_interrupted_measurement_goes_on_from_its_last_block(
+    recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(stop_at: str | None) -> list[str]:
+        with monkeypatch.context() as patch:
+            seen = counting_saves(patch, interrupt_at=10**9, after=False)
+            through = Ride.through
+
+            def counted(self: Ride, block: Any, *args: Any, **kwargs: Any) -> None:
+                if seen and seen[-1] == stop_at:
+                    raise Interrupted
+                seen.append(f"through {block.index}")
+                through(self, block, *args, **kwargs)
+
+            patch.setattr(Ride, "through", counted)
+            try:
+                quantize_model(recipe, out=tmp_path / "out")
+            except Interrupted:
+                assert stop_at is not None
+        return [name for name in seen if name.startswith("through")]
+
+    assert saved("marker") == ["through 0"]
+    # Block 0 is not measured again; around the plan both are.
+    assert saved(None)[:3] == ["through 1", "through 0", "through 1"]
+    assert digests(tmp_path / "out") == digests(reference[0])
+
+
+def test_a_damaged_snapshot_is_measured_anew(
+    recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        counting_saves(patch, interrupt_at=8, after=False)
+        with pytest.raises(Interrupted):
+            quantize_model(recipe, out=tmp_path / "out")
+    snapshots = list((tmp_path / ".llmmpq-work").glob("*/measure*/ride-*"))
+    assert snapshots
+    snapshots[0].write_bytes(snapshots[0].read_bytes()[:-50] + bytes(50))
+    quantize_model(recipe, out=tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(reference[0])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -187,7 +248,7 @@ def test_another_calibration_text_is_noticed_and_named(
     changed = recipe.override({"calibration.source": str(text)})
     quantize_model(changed, out=tmp_path / "out", work_dir=reference[1], progress=progress)
     assert "measure" in progress.tasks
-    assert [note for note in progress.notes if "calibration tokens changed" in note]
+    assert [note for note in progress.notes if "calibration tokens" in note and "changed" in note]
     assert digests(tmp_path / "out")["model.safetensors"] != digests(reference[0])["model.safetensors"]
 
 
@@ -213,7 +274,7 @@ def test_plans_share_a_measurement_and_give_what_a_direct_run_gives(
     made = [json.loads((plans / name).read_text()) for name in ("plan-4.json", "plan-5.json")]
     assert json.loads(outcome.stdout)["plans"] == made
     assert made[0]["bits_per_weight"] <= 4 < made[1]["bits_per_weight"] <= 5
-    assert len(list((plans.parent / ".llmmpq-work").glob("*/measure-*"))) == 1
+    assert len(list((plans.parent / ".llmmpq-work").glob(f"*/measure-{16 * '?'}"))) == 1
     assert made[1] == read_plan(reference[0])
     quantize_model(recipe, out=tmp_path / "out", plan_file=plans / "plan-5.json")
     assert raw_tensors(tmp_path / "out") == raw_tensors(reference[0])
@@ -222,7 +283,8 @@ def test_plans_share_a_measurement_and_give_what_a_direct_run_gives(
 def test_plans_for_budgets_that_are_nearly_equal_are_both_saved(
     recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path
 ) -> None:
-    pipeline.make_plans(recipe, [4.5, 4.5000001], out=tmp_path / "plans", work_dir=reference[1])
+    budgets = [Budget(avg_bits=bits) for bits in (4.5, 4.5000001)]
+    pipeline.make_plans(recipe, budgets, out=tmp_path / "plans", work_dir=reference[1])
     assert len(list((tmp_path / "plans").iterdir())) == 2
 
 

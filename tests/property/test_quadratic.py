@@ -106,7 +106,7 @@ def test_seven_units_of_five_options(seed):
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.data(), programs())
 def test_bounds_hold_when_the_search_stops_early(data, program):
     best = brute_force(program)
@@ -125,7 +125,7 @@ def test_bounds_hold_when_the_search_stops_early(data, program):
     assert solved.loss - solved.bound <= solved.gap * abs(solved.loss) + 2e-9 * abs(solved.loss) + rounding
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(programs(most_units=4), st.integers(0, 40))
 def test_more_room_never_costs_loss(program, room):
     if brute_force(program) == np.inf:
