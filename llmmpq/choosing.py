@@ -72,7 +72,7 @@ def _solve_once(job: Job, problem: Problem, nbytes: int, *, measured: str) -> So
         kept = Solution(**{**(known or {}), "choice": tuple((known or {})["choice"])})
         if len(kept.choice) == len(problem.units):
             return kept
-    solution = _solve(job, problem, nbytes)
+    solution = job.session.ranks.from_first(lambda: _solve(job, problem, nbytes))
     if solution.status == "interrupted":
         job.progress.note(
             f"The search was interrupted: going on with the best plan so far, at most {solution.gap:.2%} from the "

@@ -1,7 +1,8 @@
 """The command line: one verb per stage of a model's life, thin, with the work in `pipeline`.
 
 Torch is imported when a verb runs, so that `--help` and a mistyped flag answer at once. Results go to stdout, progress
-and errors to stderr; with --json stdout is exactly one JSON object. `main` is the only place that turns an
+and errors to stderr; with --json stdout is exactly one JSON object. Of several processes that share a run (`ranks.py`)
+the first alone speaks, of failures one. `main` is the only place that turns an
 `LlmmpqError` into one line and exit code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
@@ -14,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -46,6 +47,7 @@ from llmmpq.flags import (
     WorkOption,
 )
 from llmmpq.progress import Progress, Silent, Terminal
+from llmmpq.ranks import ALONE, Ranks, join, launched
 from llmmpq.recipe import SEED_RULE, Budget, Recipe, load_recipe
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130  # 130: what shells report after Ctrl-C
@@ -61,34 +63,50 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for a mistake that the user can correct, 130 after Ctrl-C."""
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
-        sys.stdout.flush()
+        ranks = join()
+    except LlmmpqError as error:
+        return _fail(str(error), ALONE)
+    try:
+        with nullcontext() if ranks.is_first else _unheard():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"], ranks)
+            sys.stdout.flush()
+        ranks.leave(failed=code != 0)
         return code
     except BrokenPipeError:  # `llmmpq inspect ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more when it exits
         return EXIT_FAILED
 
 
-def _run(arguments: list[str]) -> int:
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """For all processes but the first: the libraries beneath have the same to say in each of them."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _run(arguments: list[str], ranks: Ranks) -> int:
     # Not `app()`: in typer 0.29 that turns Ctrl-C into a bare exit code, and any broken pipe into a silent exit.
     try:
         command = get_command(app)
-        with command.make_context("llmmpq", list(_with_values(arguments))) as context:
+        with command.make_context("llmmpq", list(_with_values(arguments)), obj=ranks) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:  # typer's word for a mistyped command line
         where = getattr(error, "ctx", None)  # missing where the mistake lies outside any verb
         path = "llmmpq" if where is None else where.command_path
-        return _fail(f"{error.format_message().rstrip('.')}. See `{path} --help`.")
+        return _fail(f"{error.format_message().rstrip('.')}. See `{path} --help`.", ranks)
     except LlmmpqError as error:
-        return _fail(str(error))
+        return _fail(str(error), ranks)
     except BrokenPipeError:
         raise
     except OSError as error:  # a name too long, a folder without permission: the machine's word, not a bug of ours
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", ranks)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        if ranks.is_first:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -101,8 +119,9 @@ def _with_values(arguments: Sequence[str]) -> Iterator[str]:
             yield str(NUM_BUDGETS)
 
 
-def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, ranks: Ranks) -> int:
+    if ranks.may_report():
+        print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
     return EXIT_MISTAKE
 
 
@@ -181,6 +200,7 @@ def quantize(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
+    context: typer.Context,
     out: OutOption = None,
     work_dir: WorkOption = None,
     overwrite: OverwriteOption = False,
@@ -199,9 +219,15 @@ def quantize(
             f"--plan and {flags} are both given; the plan decides that: edit its file, or leave --plan out"
         )
     folder = out or _default_out(recipe, plan)
-    with _pipeline(quiet=quiet) as (pipeline, progress):
+    with _pipeline(quiet=quiet, ranks=context.obj) as (pipeline, progress):
         result = pipeline.quantize_model(
-            recipe, out=folder, work_dir=work_dir, overwrite=overwrite, plan_file=plan, progress=progress
+            recipe,
+            out=folder,
+            work_dir=work_dir,
+            overwrite=overwrite,
+            plan_file=plan,
+            progress=progress,
+            ranks=context.obj,
         )
     _show(tables.show_quantized, result, as_json=as_json)
 
@@ -244,6 +270,7 @@ def plan(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
+    context: typer.Context,
     avg_bits: PlanBitsOption = None,
     max_size: PlanSizesOption = None,
     fit_vram: PlanVramOption = None,
@@ -271,8 +298,8 @@ def plan(
     if not any(budget.fit_vram for budget in budgets):
         _refuse_idle_flags(recipe.budget, given)
     result: dict[str, Any] = {"out": None if out is None else str(out), "plans": []}
-    places = {"out": out, "work_dir": work_dir}
-    with _pipeline(quiet=quiet) as (pipeline, progress):
+    places = {"out": out, "work_dir": work_dir, "ranks": context.obj}
+    with _pipeline(quiet=quiet, ranks=context.obj) as (pipeline, progress):
         if budgets:
             plans = pipeline.make_plans(recipe, list(dict.fromkeys(budgets)), **places, progress=progress)
             result["plans"] = [made.to_json() for made in plans]
@@ -340,8 +367,14 @@ def generate(
 
 
 @contextmanager
-def _pipeline(*, quiet: bool) -> Iterator[tuple[ModuleType, Progress]]:
-    """The stages and where they report. What a library of theirs prints goes to stderr: stdout is for results."""
+def _pipeline(*, quiet: bool, ranks: Ranks | None = None) -> Iterator[tuple[ModuleType, Progress]]:
+    """The stages and where they report. What a library of theirs prints goes to stderr: stdout is for results.
+
+    A verb that gives no `ranks` cannot share its work.
+    """
+    if ranks is None and (num := launched().num) > 1:
+        raise RecipeError(f"only quantize and plan share their work among {num} processes: start this verb in one")
+    quiet = quiet or not (ranks is None or ranks.is_first)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read once, when huggingface_hub is imported
     with redirect_stdout(sys.stderr):

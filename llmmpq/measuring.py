@@ -96,7 +96,7 @@ def measure_pairs(job: Job) -> Sensitivity:
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
-        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        journal = RideJournal(stage, ride)
         rows += journal.resume(warnings=warnings)
         with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
             advance(int(ride.num_forwards))
@@ -137,7 +137,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
     try:
-        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        journal = RideJournal(stage, ride)
         rows += journal.resume(warnings=[], needs=lambda index: finished.load_block(index) is not None)
         num_forwards = expected_forwards(per_block, extra=2)
         with job.progress.task("measure around the plan", num_forwards, "block passes") as advance:
@@ -170,7 +170,7 @@ def measure_every_pair(job: Job) -> Sensitivity:
         return known
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
-    settings, warnings = _measure_settings(job), list[str]()
+    settings, warnings = measure_settings(job), list[str]()
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()

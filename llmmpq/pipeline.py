@@ -29,6 +29,7 @@ from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, wr
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
 from llmmpq.quantizing import quantize_blocks, quantize_stage
+from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
@@ -45,11 +46,15 @@ def quantize_model(
     overwrite: bool = False,
     plan_file: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues."""
+    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues.
+
+    With several `ranks` (`llmmpq.ranks.join()`), every process calls this, and the first writes.
+    """
     progress = progress or Silent()
     started = time.monotonic()
-    session = open_session(recipe)
+    session = open_session(recipe, ranks=ranks)
     plan = None if plan_file is None else plan_from_file(plan_file, session)
     if plan is None:
         check_budget(session)
@@ -57,19 +62,24 @@ def quantize_model(
     with open_job(session, out=out, work_dir=work_dir, progress=progress) as job:
         session, provenance = job.session, job.provenance()
         recipe_yaml = session.recipe.to_yaml()
-        done = claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        done = ranks.from_first(
+            lambda: claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        )
         resumed = 0
         if done:
-            plan = read_plan(out / PLAN_FILE)
-            report = inspect_folder(out)
+            plan, report = ranks.from_first(lambda: (read_plan(out / PLAN_FILE), inspect_folder(out)))
         else:
             plan = plan or choose_plan(job)
-            plan = dataclasses.replace(plan, provenance=provenance)
-            check_disks(out, job.work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
-            stage = quantize_stage(job, plan)
-            resumed, notes = quantize_blocks(job, stage, plan)
-            report = _report(job, plan, notes)
-            _write(session, out, stage, plan, recipe_yaml, report, progress)
+            made = dataclasses.replace(plan, provenance=provenance)
+            nbytes = made.nbytes
+            ranks.from_first(
+                lambda: check_disks(out, job.work.folder, output_nbytes=kept_nbytes + nbytes, journal_nbytes=nbytes)
+            )
+            stage = quantize_stage(job, made)
+            resumed, notes = quantize_blocks(job, stage, made)
+            plan, report = made, _report(job, made, notes)
+            written = report
+            ranks.from_first(lambda: _write(session, out, stage, made, recipe_yaml, written, progress))
             stage.discard()
     return {
         "out": str(out),
@@ -93,6 +103,7 @@ def make_plans(
     out: Path | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Plan]:
     """Measure once, then one plan per budget; saved into `out` when given."""
 
@@ -101,8 +112,8 @@ def make_plans(
             check_budget(session, wanted)
         return [budget_of(session, wanted) for wanted in budgets]
 
-    _, plans = _plans_for(recipe, asked, out=out, work_dir=work_dir, progress=progress)
-    if out is not None:
+    _, plans = _plans_for(recipe, asked, out=out, work_dir=work_dir, progress=progress, ranks=ranks)
+    if out is not None and ranks.is_first:
         for wanted, plan in zip(budgets, plans, strict=True):
             name = f"{wanted.avg_bits:.10g}" if wanted.avg_bits is not None else wanted.label
             write_plan(out / f"plan-{name}.json", plan)
@@ -116,6 +127,7 @@ def trace_curve(
     out: Path | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Measure once, then predicted loss against bytes, whatever the recipe's budget; saved into `out` when given."""
     if recipe.allocation.method == "uniform":
@@ -127,12 +139,13 @@ def trace_curve(
 
     # Measured around no plan: all points are predicted by one measurement, so that they can be compared.
     recipe = dataclasses.replace(recipe, budget=Budget(), allocation=dataclasses.replace(recipe.allocation, refine=0))
-    session, plans = _plans_for(recipe, spread, out=out, work_dir=work_dir, progress=progress)
+    session, plans = _plans_for(recipe, spread, out=out, work_dir=work_dir, progress=progress, ranks=ranks)
     curve = curve_of(frontier(plans), kept_nbytes=sum(tensor.nbytes for tensor in session.skeleton.kept))
     files: list[str] = []
     if out is not None:
         curve["provenance"] = dict(plans[0].provenance)
-        files = write_curve(out, curve, title=Path(session.recipe.model or "").name)
+        title = Path(session.recipe.model or "").name
+        files = ranks.from_first(lambda: write_curve(out, curve, title=title))
     notes = [NO_PICTURE] if files and PICTURE_FILE not in files else []
     return curve | {"num_budgets": len(plans), "files": files, "notes": notes}
 
@@ -144,20 +157,25 @@ def _plans_for(
     out: Path | None,
     work_dir: Path | None,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> tuple[Session, list[Plan]]:
     """One measurement, and a plan for each of the budgets that `asked` gives for the opened model."""
     progress = progress or Silent()
-    session = open_session(recipe)
+    session = open_session(recipe, ranks=ranks)
     budgets = asked(session)
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
+        ranks.from_first(lambda: _make_plan_folder(out))
     with open_job(session, out=out or Path.cwd() / "plans", work_dir=work_dir, progress=Once(progress)) as job:
         provenance = job.provenance()
         plans = [dataclasses.replace(choose_plan(job, budget), provenance=provenance) for budget in budgets]
     return session, plans
+
+
+def _make_plan_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
 
 
 def check(
@@ -188,7 +206,7 @@ def _write(
         nonlocal cached
         index = plan.linears[name].block
         if cached[0] != index:
-            loaded = stage.load_block(index)
+            loaded = stage.read(stage.block_file(index).stem)
             if loaded is None:
                 raise CheckpointError(f"{stage.block_file(index)} vanished or was damaged: run the same command again")
             cached = (index, loaded[1])

@@ -28,6 +28,11 @@ def check_budget(session: Session, wanted: Budget | None = None) -> None:
 
 def check_every_pair(session: Session) -> None:
     """Every pair by itself is only for few pairs, and for a model that fits in memory with all candidates."""
+    if session.ranks.num > 1:
+        raise RecipeError(
+            f"allocation.method is pairs, which does not share its work, and {session.ranks.num} processes were "
+            "started: start one, or use iqp"
+        )
     measurement, linears, options = session.recipe.measurement, session.skeleton.linears, session.options()
     sizes = pair_sizes(session)
     num_pairs, num_forwards = count_pairs(sizes), count_passes(sizes) / len(sizes)
