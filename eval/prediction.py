@@ -42,7 +42,7 @@ from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.solve import solve, solve_quadratic
 from llmmpq.job import Job, open_job
 from llmmpq.measure.candidates import candidates_of
-from llmmpq.measuring import _dtype, measure_settings, measure_pairs
+from llmmpq.measuring import _dtype, measure_pairs, measure_settings
 from llmmpq.model.tokens import evaluation_windows, packaged_text
 from llmmpq.progress import Terminal
 from llmmpq.quantize.linear import dequantized
