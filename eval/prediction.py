@@ -42,7 +42,7 @@ from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.solve import solve, solve_quadratic
 from llmmpq.job import Job, open_job
 from llmmpq.measure.candidates import candidates_of
-from llmmpq.measuring import _dtype, _measure_settings, measure_pairs
+from llmmpq.measuring import _dtype, measure_pairs, measure_settings
 from llmmpq.model.tokens import evaluation_windows, packaged_text
 from llmmpq.progress import Terminal
 from llmmpq.quantize.linear import dequantized
@@ -187,7 +187,7 @@ def main() -> None:
 
 def candidate_weights(job: Job) -> dict[tuple[str, int], torch.Tensor]:
     """The weights that the measuring pass tried, made once more."""
-    options, settings, weights = job.session.options(), _measure_settings(job), {}
+    options, settings, weights = job.session.options(), measure_settings(job), {}
     for block in stream_of(job, follow_original=False, dtype=_dtype(job), many=True):
         for spec, position, packed in candidates_of(block, options, settings, warnings=[]):
             weights[spec.name, position] = dequantized(packed, torch.float32).cpu()

@@ -7,14 +7,18 @@ way the one with the least measured KL is kept.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import Solution, check_feasible, solve, solve_quadratic, to_plan, uniform
+from llmmpq.budgets import budget_of
 from llmmpq.job import Job
 from llmmpq.measuring import measure_around, measure_every_pair, measure_locally, measure_pairs
-from llmmpq.planning import budget_of, unmeasured_problem
+from llmmpq.planning import unmeasured_problem
 from llmmpq.quantizing import probe_kl
 from llmmpq.records import Plan, Sensitivity
 
@@ -26,11 +30,14 @@ METHODS: dict[str, tuple[Callable[[Job], Sensitivity], bool]] = {
     "local": (measure_locally, False),
 }
 
+SEARCH_KNOBS = ("target_gap", "time_limit_s")
 
-def choose_plan(job: Job, *, avg_bits: float | None = None) -> Plan:
-    """The plan for the recipe's budget, or for another average."""
+
+def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
+    """The plan for the recipe's budget, or for another one, as `budget_of` gives it."""
     session, allocation = job.session, job.session.recipe.allocation
-    budget, nbytes = budget_of(session, avg_bits)
+    budget = budget or budget_of(session)
+    nbytes = budget["nbytes"]
     if budget["kind"] == "bits" or allocation.method == "uniform":
         problem = unmeasured_problem(session)
         solution = uniform(problem, nbytes)
@@ -51,8 +58,34 @@ def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, o
     allocation = job.session.recipe.allocation
     problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
     check_feasible(problem, nbytes, budget)
-    solution = _solve(job, problem, nbytes)
+    solution = _solve_once(job, problem, nbytes, measured=sensitivity.digest)
     return to_plan(problem, solution, method=allocation.method, budget=budget)
+
+
+def _solve_once(job: Job, problem: Problem, nbytes: int, *, measured: str) -> Solution:
+    """The answer is kept: a search that the clock ended would end elsewhere the next time."""
+    allocation = job.session.recipe.to_dict()["allocation"]
+    inputs = {"measurement": measured, "pairs": problem.quadratic is not None, "nbytes": nbytes}
+    stage = job.work.stage("solve", inputs | {key: allocation[key] for key in ("pins", "fuse", *SEARCH_KNOBS)})
+    known = stage.load_result()
+    with suppress(TypeError, KeyError):  # none, or one that cannot be understood: solved again
+        kept = Solution(**{**(known or {}), "choice": tuple((known or {})["choice"])})
+        if len(kept.choice) == len(problem.units):
+            return kept
+    solution = job.session.ranks.from_first(lambda: _solve(job, problem, nbytes))
+    if solution.status == "interrupted":
+        job.progress.note(
+            f"The search was interrupted: going on with the best plan so far, at most {solution.gap:.2%} from the "
+            "best. Interrupt again to stop."
+        )
+        return solution
+    if solution.status == "time limit":
+        job.progress.note(
+            f"The search was stopped after {allocation['time_limit_s']:g} s (allocation.time_limit_s): the plan is at "
+            f"most {solution.gap:.2%} from the best for what was measured."
+        )
+    stage.save_result(dataclasses.asdict(solution))
+    return solution
 
 
 def _solve(job: Job, problem: Problem, nbytes: int) -> Solution:

@@ -1,19 +1,21 @@
 """The command line: one verb per stage of a model's life, thin, with the work in `pipeline`.
 
 Torch is imported when a verb runs, so that `--help` and a mistyped flag answer at once. Results go to stdout, progress
-and errors to stderr; with --json stdout is exactly one JSON object. `main` is the only place that turns an
+and errors to stderr; with --json stdout is exactly one JSON object. Of several processes that share a run (`ranks.py`)
+the first alone speaks, of failures one. `main` is the only place that turns an
 `LlmmpqError` into one line and exit code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as signatures
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -25,8 +27,8 @@ from typer.main import get_command
 from llmmpq import __version__, tables
 from llmmpq.errors import LlmmpqError, RecipeError
 from llmmpq.flags import (
-    BUDGET,
     DECIDED_BY_A_PLAN,
+    NUM_BUDGETS,
     RECIPE_FLAGS,
     DeviceOption,
     DtypeOption,
@@ -35,13 +37,18 @@ from llmmpq.flags import (
     ModelArgument,
     OutOption,
     OverwriteOption,
+    ParetoOption,
+    PlanBitsOption,
+    PlanSizesOption,
+    PlanVramOption,
     QuietOption,
     RecipeOption,
     RunnableArgument,
     WorkOption,
 )
 from llmmpq.progress import Progress, Silent, Terminal
-from llmmpq.recipe import SEED_RULE, Recipe, load_recipe
+from llmmpq.ranks import ALONE, Ranks, join, launched
+from llmmpq.recipe import SEED_RULE, Budget, Recipe, load_recipe
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -56,40 +63,65 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for a mistake that the user can correct, 130 after Ctrl-C."""
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
-        sys.stdout.flush()
+        ranks = join()
+    except LlmmpqError as error:
+        return _fail(str(error), ALONE)
+    try:
+        with nullcontext() if ranks.is_first else _unheard():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"], ranks)
+            sys.stdout.flush()
+        ranks.leave(failed=code != 0)
         return code
     except BrokenPipeError:  # `llmmpq inspect ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more when it exits
         return EXIT_FAILED
 
 
-def _run(arguments: list[str]) -> int:
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """For all processes but the first: the libraries beneath have the same to say in each of them."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _run(arguments: list[str], ranks: Ranks) -> int:
     # Not `app()`: in typer 0.29 that turns Ctrl-C into a bare exit code, and any broken pipe into a silent exit.
     try:
         command = get_command(app)
-        with command.make_context("llmmpq", arguments) as context:
+        with command.make_context("llmmpq", list(_with_values(arguments)), obj=ranks) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:  # typer's word for a mistyped command line
         where = getattr(error, "ctx", None)  # missing where the mistake lies outside any verb
         path = "llmmpq" if where is None else where.command_path
-        return _fail(f"{error.format_message().rstrip('.')}. See `{path} --help`.")
+        return _fail(f"{error.format_message().rstrip('.')}. See `{path} --help`.", ranks)
     except LlmmpqError as error:
-        return _fail(str(error))
+        return _fail(str(error), ranks)
     except BrokenPipeError:
         raise
     except OSError as error:  # a name too long, a folder without permission: the machine's word, not a bug of ours
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", ranks)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        if ranks.is_first:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
-def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+def _with_values(arguments: Sequence[str]) -> Iterator[str]:
+    """`--pareto` alone stands for `--pareto 24`; typer knows no option whose value may be left out."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        yield argument
+        if argument == "--pareto" and not following.removeprefix("-").isdecimal():
+            yield str(NUM_BUDGETS)
+
+
+def _fail(message: str, ranks: Ranks) -> int:
+    if ranks.may_report():
+        print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
     return EXIT_MISTAKE
 
 
@@ -168,6 +200,7 @@ def quantize(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
+    call: typer.Context,
     out: OutOption = None,
     work_dir: WorkOption = None,
     overwrite: OverwriteOption = False,
@@ -179,25 +212,37 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers can load. The same command again continues."""
+    _refuse_idle_flags(recipe.budget, given)
     if plan is not None and (decided := [name for name in DECIDED_BY_A_PLAN if name in given]):
         flags = ", ".join("--" + name.replace("_", "-") for name in decided)
         raise RecipeError(
             f"--plan and {flags} are both given; the plan decides that: edit its file, or leave --plan out"
         )
     folder = out or _default_out(recipe, plan)
-    with _pipeline(quiet=quiet) as (pipeline, progress):
+    with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
         result = pipeline.quantize_model(
-            recipe, out=folder, work_dir=work_dir, overwrite=overwrite, plan_file=plan, progress=progress
+            recipe,
+            out=folder,
+            work_dir=work_dir,
+            overwrite=overwrite,
+            plan_file=plan,
+            progress=progress,
+            ranks=call.obj,
         )
     _show(tables.show_quantized, result, as_json=as_json)
 
 
 def _default_out(recipe: Recipe, plan: Path | None) -> Path:
-    """<model>-<bits>bit in the current folder."""
+    """<model>-<budget> in the current folder."""
     name = Path(recipe.model or "").expanduser().resolve().name or "model"
-    budget = recipe.resolve().budget
-    bits = budget.avg_bits if budget.bits is None else budget.bits
-    return Path(f"{name}-{bits:g}bit" if plan is None else f"{name}-{plan.stem}")
+    return Path(f"{name}-{recipe.budget.label}" if plan is None else f"{name}-{plan.stem}")
+
+
+def _refuse_idle_flags(budget: Budget, given: Mapping[str, Any]) -> None:
+    idle = ["--" + name for name in ("context", "sequences") if name in given]
+    if idle and budget.fit_vram is None:
+        asked = f"--{(budget.kind or 'avg_bits').replace('_', '-')}"
+        raise RecipeError(f"{' and '.join(idle)} would change nothing: the budget is {asked}; use it with --fit-vram")
 
 
 @_recipe_verb()
@@ -212,6 +257,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `quantize` with the same flags would do and need. Nothing is written; exit code 2 if it cannot work."""
+    _refuse_idle_flags(recipe.budget, given)
     with _pipeline(quiet=quiet) as (pipeline, _):
         result = pipeline.check(recipe, out=out, work_dir=work_dir, overwrite=overwrite)
     _show(tables.show_check, result, as_json=as_json)
@@ -219,38 +265,46 @@ def check(
         raise typer.Exit(EXIT_MISTAKE)
 
 
-@_recipe_verb(without=("avg_bits", "bits"))
+@_recipe_verb(without=("avg_bits", "bits", "max_size", "fit_vram"))
 def plan(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
-    avg_bits: Annotated[
-        str | None,
-        typer.Option(
-            "--avg-bits",
-            metavar="<2.5,3,3.5>",
-            rich_help_panel=BUDGET,
-            show_default=False,
-            help="True bits per weight: one budget, or several that share one measurement.",
-        ),
-    ] = None,
+    call: typer.Context,
+    avg_bits: PlanBitsOption = None,
+    max_size: PlanSizesOption = None,
+    fit_vram: PlanVramOption = None,
+    pareto: ParetoOption = None,
     out: OutOption = None,
     work_dir: WorkOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the bits of MODEL for one or several budgets, without quantizing it."""
+    """Choose the bits of MODEL for one or several budgets, which share one measurement, without quantizing it."""
+    asked: list[tuple[str, Any]] = []
     if avg_bits is not None:
-        budgets = _read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
-    elif recipe.budget.bits is not None:
+        bits = _read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
+        asked += [("avg_bits", value) for value in bits]
+    for kind, sizes in (("max_size", max_size), ("fit_vram", fit_vram)):
+        asked += [] if sizes is None else [(kind, value) for value in sizes.split(",")]
+    budgets = [recipe.override({f"budget.{kind}": value}).budget for kind, value in asked]
+    if budgets:
+        recipe = dataclasses.replace(recipe, budget=budgets[0])
+    elif pareto is None and recipe.budget.bits is not None:
         raise RecipeError(f"the recipe asks for {recipe.budget.bits} bits everywhere: nothing to plan; give --avg-bits")
-    else:
-        budgets = [recipe.resolve().budget.avg_bits]
-    for bits in reversed(budgets):
-        recipe = recipe.override({"budget.avg_bits": bits})
-    with _pipeline(quiet=quiet) as (pipeline, progress):
-        plans = pipeline.make_plans(recipe, list(dict.fromkeys(budgets)), out=out, work_dir=work_dir, progress=progress)
-    result = {"out": None if out is None else str(out), "plans": [made.to_json() for made in plans]}
+    elif pareto is None:
+        recipe = recipe.resolve()
+        budgets = [recipe.budget]
+    if not any(budget.fit_vram for budget in budgets):
+        _refuse_idle_flags(recipe.budget, given)
+    result: dict[str, Any] = {"out": None if out is None else str(out), "plans": []}
+    places = {"out": out, "work_dir": work_dir, "ranks": call.obj}
+    with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
+        if budgets:
+            plans = pipeline.make_plans(recipe, list(dict.fromkeys(budgets)), **places, progress=progress)
+            result["plans"] = [made.to_json() for made in plans]
+        if pareto is not None:
+            result["curve"] = pipeline.trace_curve(recipe, pareto, **places, progress=progress)
     _show(tables.show_plans, result, as_json=as_json)
 
 
@@ -313,8 +367,14 @@ def generate(
 
 
 @contextmanager
-def _pipeline(*, quiet: bool) -> Iterator[tuple[ModuleType, Progress]]:
-    """The stages and where they report. What a library of theirs prints goes to stderr: stdout is for results."""
+def _pipeline(*, quiet: bool, ranks: Ranks | None = None) -> Iterator[tuple[ModuleType, Progress]]:
+    """The stages and where they report. What a library of theirs prints goes to stderr: stdout is for results.
+
+    A verb that gives no `ranks` cannot share its work.
+    """
+    if ranks is None and (num := launched().num) > 1:
+        raise RecipeError(f"only quantize and plan share their work among {num} processes: start this verb in one")
+    quiet = quiet or not (ranks is None or ranks.is_first)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read once, when huggingface_hub is imported
     with redirect_stdout(sys.stderr):

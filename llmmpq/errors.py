@@ -6,7 +6,8 @@
     |-- UnsupportedModelError   no decoder blocks found, a layer kind we cannot quantize
     |-- CalibrationError        too few tokens, non-finite activations, unreadable text
     |-- InfeasibleBudgetError   budget below the smallest plan
-    `-- KernelUnavailableError  a kernel was asked for that cannot run here
+    |-- KernelUnavailableError  a kernel was asked for that cannot run here
+    `-- RankError               another process of this run ended or cannot be reached
 
 `cli.py` turns these into one line and exit code 2. Anything else is a bug of ours and keeps its traceback.
 """
@@ -38,3 +39,7 @@ class InfeasibleBudgetError(LlmmpqError):
 
 class KernelUnavailableError(LlmmpqError):
     """A kernel was asked for by name that cannot run on this device."""
+
+
+class RankError(LlmmpqError):
+    """The processes of one run cannot reach each other, or one of them has ended."""

@@ -65,7 +65,7 @@ def quantize_block(
     originals = block.original_weights
     groups = block.input_groups()
     for group in groups:
-        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.follow_original)
+        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.follow_original, ranks=block.ranks)
         for inputs, original_inputs in block.inputs_of(group[0]):
             moment.add(inputs, original_inputs)
         mean_KK, cross_KK = moment.means(group[0].name)
@@ -91,6 +91,7 @@ def quantize_block(
                 factor=factor,
                 column_block=settings.column_block,
             )
+            block.ranks.take_first_(quantized.packed.tensors())  # equal already, unless their machines differ
             packed[spec.name] = quantized.packed
             others[spec.name] = {
                 scheme: quantize_linear(

@@ -30,6 +30,28 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
         ("budget.bits",),
         _option(int, "--bits", panel=BUDGET, metavar="<2|3|4|8>", text="The same width everywhere, without a search."),
     ),
+    "max_size": (
+        ("budget.max_size",),
+        _option(str, "--max-size", panel=BUDGET, metavar="<size>", text="All files of weights together, as in 5.5GB."),
+    ),
+    "fit_vram": (
+        ("budget.fit_vram",),
+        _option(
+            str,
+            "--fit-vram",
+            panel=BUDGET,
+            metavar="<size>",
+            text="GPU memory that must hold the weights, the KV cache and a margin, as in 24GB.",
+        ),
+    ),
+    "context": (
+        ("budget.context",),
+        _option(int, "--context", panel=BUDGET, text="With --fit-vram: tokens of each sequence (8192)."),
+    ),
+    "sequences": (
+        ("budget.sequences",),
+        _option(int, "--sequences", panel=BUDGET, text="With --fit-vram: how many sequences run at once (1)."),
+    ),
     "revision": (
         ("revision",),
         _option(str, "--revision", text="Branch, tag or commit of a model on the Hub."),
@@ -133,7 +155,11 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     ),
 }
 # What a plan file has already decided.
-DECIDED_BY_A_PLAN = ("avg_bits", "bits", "method", "refine", "widths", "fuse", "pin", "group_size", "symmetric")
+DECIDED_BY_A_PLAN = (
+    *("avg_bits", "bits", "max_size", "fit_vram", "context", "sequences"),
+    *("method", "refine", "widths", "fuse", "pin", "group_size", "symmetric"),
+)
+
 
 ModelArgument = Annotated[
     str | None,
@@ -150,6 +176,50 @@ OutOption = Annotated[
 WorkOption = Annotated[
     Path | None,
     typer.Option("--work-dir", metavar="<folder>", show_default=False, help="Where finished blocks are kept."),
+]
+# The budgets of `plan`: several, with commas between them.
+PlanBitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--avg-bits",
+        metavar="<2.5,3,3.5>",
+        rich_help_panel=BUDGET,
+        show_default=False,
+        help="True bits per weight: one budget, or several that share one measurement.",
+    ),
+]
+PlanSizesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="<4GB,5.5GB>",
+        rich_help_panel=BUDGET,
+        show_default=False,
+        help="All files of weights together: one size, or several.",
+    ),
+]
+PlanVramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fit-vram",
+        metavar="<16GB,24GB>",
+        rich_help_panel=BUDGET,
+        show_default=False,
+        help="GPU memory that must hold the weights, the KV cache and a margin: one size, or several.",
+    ),
+]
+NUM_BUDGETS, MOST_BUDGETS = 24, 1000  # of a curve
+ParetoOption = Annotated[
+    int | None,
+    typer.Option(
+        "--pareto",
+        min=2,
+        max=MOST_BUDGETS,
+        metavar="[count]",
+        rich_help_panel=BUDGET,
+        show_default=False,
+        help=f"The curve of predicted loss against bytes, from so many budgets ({NUM_BUDGETS}).",
+    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="<auto|cpu|cuda:N>", help="Where to compute.")]

@@ -48,23 +48,13 @@ class Job:
 
 @contextmanager
 def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Progress) -> Iterator[Job]:
-    """Locks the work folder until the context ends."""
+    """Locks the work folder until the context ends. What takes one process is done by the first for all."""
     root = work_dir or out.resolve().parent / DEFAULT_WORK_FOLDER
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot use the work folder {root}: {error.strerror}. Give --work-dir.") from None
-    files = session.source_files()
-    with progress.task("hash the model's files", sum(path.stat().st_size for path in files), "bytes") as advance:
-        try:
-            model_digests = cached_digests(files, root / "file-hashes.json", advance=advance)
-        except OSError as error:
-            raise CheckpointError(f"cannot write in the work folder {root}: {error.strerror}") from None
+    ranks = session.ranks
+    model_digests = ranks.from_first(lambda: _model_digests(session, root, progress))
     name = Path(session.recipe.model or "model").name
-    with WorkDir(root / f"{name}-{digest_of(model_digests)[:12]}") as work:
-        # Tensors outside the blocks are read last, by the writer: damaged ones must be found before the long run.
-        session.checkpoint.check_finite(session.skeleton.stored_names[tensor.name] for tensor in session.skeleton.kept)
-        tokens = session.tokens()
+    with WorkDir(root / f"{name}-{digest_of(model_digests)[:12]}", ranks=ranks) as work:
+        tokens = ranks.from_first(lambda: _checked_tokens(session))
         for note in tokens.notes:
             progress.note(note)
         recipe = session.recipe.override({"calibration.source": tokens.calibration.source}, source="resolved recipe")
@@ -75,3 +65,22 @@ def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Pr
             tokens=tokens,
             progress=progress,
         )
+
+
+def _model_digests(session: Session, root: Path, progress: Progress) -> dict[str, str]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot use the work folder {root}: {error.strerror}. Give --work-dir.") from None
+    files = session.source_files()
+    with progress.task("hash the model's files", sum(path.stat().st_size for path in files), "bytes") as advance:
+        try:
+            return cached_digests(files, root / "file-hashes.json", advance=advance)
+        except OSError as error:
+            raise CheckpointError(f"cannot write in the work folder {root}: {error.strerror}") from None
+
+
+def _checked_tokens(session: Session) -> Tokens:
+    # Tensors outside the blocks are read last, by the writer: damaged ones must be found before the long run.
+    session.checkpoint.check_finite(session.skeleton.stored_names[tensor.name] for tensor in session.skeleton.kept)
+    return session.tokens()

@@ -49,7 +49,7 @@ def measure_locally(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     losses: dict[str, tuple[float, ...]] = {}
     warnings: list[str] = []
     with job.progress.task("measure", sum(map(len, options.values())), "candidates") as advance:
@@ -83,7 +83,7 @@ def measure_pairs(job: Job) -> Sensitivity:
     known = _known(stage)
     if known is not None:
         return known
-    settings = _measure_settings(job)
+    settings = measure_settings(job)
     rows: list[tuple[str, Scheme]] = []
     warnings: list[str] = []
 
@@ -96,7 +96,7 @@ def measure_pairs(job: Job) -> Sensitivity:
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
-        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        journal = RideJournal(stage, ride)
         rows += journal.resume(warnings=warnings)
         with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
             advance(int(ride.num_forwards))
@@ -137,7 +137,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
     try:
-        journal = RideJournal(stage, ride, num_windows=len(job.tokens.probe.ids))
+        journal = RideJournal(stage, ride)
         rows += journal.resume(warnings=[], needs=lambda index: finished.load_block(index) is not None)
         num_forwards = expected_forwards(per_block, extra=2)
         with job.progress.task("measure around the plan", num_forwards, "block passes") as advance:
@@ -170,7 +170,7 @@ def measure_every_pair(job: Job) -> Sensitivity:
         return known
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
-    settings, warnings = _measure_settings(job), list[str]()
+    settings, warnings = measure_settings(job), list[str]()
     stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
@@ -229,7 +229,7 @@ def _options_per_block(job: Job, options: Options) -> list[int]:
     return [sum(len(options[spec.name]) for spec in specs) for specs in _blocks(job)]
 
 
-def _measure_settings(job: Job) -> MeasureSettings:
+def measure_settings(job: Job) -> MeasureSettings:
     recipe = job.session.recipe
     return MeasureSettings(
         use_gptq=recipe.measurement.quantizer == "gptq",

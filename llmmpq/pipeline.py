@@ -10,14 +10,16 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmmpq.budgets import budget_of
 from llmmpq.choosing import choose_plan
-from llmmpq.errors import CheckpointError
+from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
+from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.execute import fallbacks
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.inspection import inspect_folder
@@ -25,14 +27,15 @@ from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
-from llmmpq.progress import Progress, Silent
+from llmmpq.progress import Once, Progress, Silent
 from llmmpq.quantizing import quantize_blocks, quantize_stage
-from llmmpq.recipe import Recipe
+from llmmpq.ranks import ALONE, Ranks
+from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage
 
-__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model"]
+__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model", "trace_curve"]
 
 
 def quantize_model(
@@ -43,11 +46,15 @@ def quantize_model(
     overwrite: bool = False,
     plan_file: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues."""
+    """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues.
+
+    With several `ranks` (`llmmpq.ranks.join()`), every process calls this, and the first writes.
+    """
     progress = progress or Silent()
     started = time.monotonic()
-    session = open_session(recipe)
+    session = open_session(recipe, ranks=ranks)
     plan = None if plan_file is None else plan_from_file(plan_file, session)
     if plan is None:
         check_budget(session)
@@ -55,19 +62,24 @@ def quantize_model(
     with open_job(session, out=out, work_dir=work_dir, progress=progress) as job:
         session, provenance = job.session, job.provenance()
         recipe_yaml = session.recipe.to_yaml()
-        done = claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        done = ranks.from_first(
+            lambda: claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
+        )
         resumed = 0
         if done:
-            plan = read_plan(out / PLAN_FILE)
-            report = inspect_folder(out)
+            plan, report = ranks.from_first(lambda: (read_plan(out / PLAN_FILE), inspect_folder(out)))
         else:
             plan = plan or choose_plan(job)
-            plan = dataclasses.replace(plan, provenance=provenance)
-            check_disks(out, job.work.folder, output_nbytes=kept_nbytes + plan.nbytes, journal_nbytes=plan.nbytes)
-            stage = quantize_stage(job, plan)
-            resumed, notes = quantize_blocks(job, stage, plan)
-            report = _report(job, plan, notes)
-            _write(session, out, stage, plan, recipe_yaml, report, progress)
+            made = dataclasses.replace(plan, provenance=provenance)
+            nbytes = made.nbytes
+            ranks.from_first(
+                lambda: check_disks(out, job.work.folder, output_nbytes=kept_nbytes + nbytes, journal_nbytes=nbytes)
+            )
+            stage = quantize_stage(job, made)
+            resumed, notes = quantize_blocks(job, stage, made)
+            plan, report = made, _report(job, made, notes)
+            written = report
+            ranks.from_first(lambda: _write(session, out, stage, made, recipe_yaml, written, progress))
             stage.discard()
     return {
         "out": str(out),
@@ -86,29 +98,84 @@ def quantize_model(
 
 def make_plans(
     recipe: Recipe,
-    budgets: list[float],
+    budgets: Sequence[Budget],
     *,
     out: Path | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Plan]:
-    """Measure once, then one plan per budget of average bits; saved into `out` when given."""
-    progress = progress or Silent()
-    session = open_session(recipe)
-    for bits in budgets:
-        check_budget(session, avg_bits=bits)
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
-    with open_job(session, out=out or Path.cwd() / "plans", work_dir=work_dir, progress=progress) as job:
-        provenance = job.provenance()
-        plans = [dataclasses.replace(choose_plan(job, avg_bits=bits), provenance=provenance) for bits in budgets]
-    if out is not None:
-        for bits, plan in zip(budgets, plans, strict=True):
-            write_plan(out / f"plan-{bits:.10g}.json", plan)
+    """Measure once, then one plan per budget; saved into `out` when given."""
+
+    def asked(session: Session) -> list[dict[str, Any]]:
+        for wanted in budgets:
+            check_budget(session, wanted)
+        return [budget_of(session, wanted) for wanted in budgets]
+
+    _, plans = _plans_for(recipe, asked, out=out, work_dir=work_dir, progress=progress, ranks=ranks)
+    if out is not None and ranks.is_first:
+        for wanted, plan in zip(budgets, plans, strict=True):
+            name = f"{wanted.avg_bits:.10g}" if wanted.avg_bits is not None else wanted.label
+            write_plan(out / f"plan-{name}.json", plan)
     return plans
+
+
+def trace_curve(
+    recipe: Recipe,
+    num_budgets: int,
+    *,
+    out: Path | None = None,
+    work_dir: Path | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Measure once, then predicted loss against bytes, whatever the recipe's budget; saved into `out` when given."""
+    if recipe.allocation.method == "uniform":
+        raise RecipeError("allocation.method is uniform, which measures nothing: no loss to draw. Give --method")
+
+    def spread(session: Session) -> list[dict[str, Any]]:
+        problem = unmeasured_problem(session)
+        return curve_budgets(problem.smallest_nbytes, problem.largest_nbytes, num_budgets)
+
+    # Measured around no plan: all points are predicted by one measurement, so that they can be compared.
+    recipe = dataclasses.replace(recipe, budget=Budget(), allocation=dataclasses.replace(recipe.allocation, refine=0))
+    session, plans = _plans_for(recipe, spread, out=out, work_dir=work_dir, progress=progress, ranks=ranks)
+    curve = curve_of(frontier(plans), kept_nbytes=sum(tensor.nbytes for tensor in session.skeleton.kept))
+    files: list[str] = []
+    if out is not None:
+        curve["provenance"] = dict(plans[0].provenance)
+        title = Path(session.recipe.model or "").name
+        files = ranks.from_first(lambda: write_curve(out, curve, title=title))
+    notes = [NO_PICTURE] if files and PICTURE_FILE not in files else []
+    return curve | {"num_budgets": len(plans), "files": files, "notes": notes}
+
+
+def _plans_for(
+    recipe: Recipe,
+    asked: Callable[[Session], list[dict[str, Any]]],
+    *,
+    out: Path | None,
+    work_dir: Path | None,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> tuple[Session, list[Plan]]:
+    """One measurement, and a plan for each of the budgets that `asked` gives for the opened model."""
+    progress = progress or Silent()
+    session = open_session(recipe, ranks=ranks)
+    budgets = asked(session)
+    if out is not None:
+        ranks.from_first(lambda: _make_plan_folder(out))
+    with open_job(session, out=out or Path.cwd() / "plans", work_dir=work_dir, progress=Once(progress)) as job:
+        provenance = job.provenance()
+        plans = [dataclasses.replace(choose_plan(job, budget), provenance=provenance) for budget in budgets]
+    return session, plans
+
+
+def _make_plan_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be a folder for plans: {error.strerror}") from None
 
 
 def check(
@@ -139,7 +206,7 @@ def _write(
         nonlocal cached
         index = plan.linears[name].block
         if cached[0] != index:
-            loaded = stage.load_block(index)
+            loaded = stage.read(stage.block_file(index).stem)
             if loaded is None:
                 raise CheckpointError(f"{stage.block_file(index)} vanished or was damaged: run the same command again")
             cached = (index, loaded[1])

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from llmmpq.allocate.budget import avg_bits_to_nbytes
 from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import check_feasible
+from llmmpq.budgets import budget_of
 from llmmpq.errors import RecipeError
 from llmmpq.measure.pairs import MAX_NUM_PAIRS, count_pairs, count_passes
 from llmmpq.model.checkpoint import write_text
 from llmmpq.output import EDITED, read_plan
+from llmmpq.recipe import Budget
 from llmmpq.records import DTYPE_NBYTES, Plan, PlannedLinear, Sensitivity
 from llmmpq.session import Session
 
 
-def budget_of(session: Session, avg_bits: float | None = None) -> tuple[dict[str, Any], int]:
-    budget, num_weights = session.recipe.budget, sum(spec.num_weights for spec in session.skeleton.linears)
-    if avg_bits is None and budget.bits is not None:
-        scheme = session.scheme(budget.bits)
-        nbytes = sum(scheme.nbytes(spec.shape) for spec in session.skeleton.linears)
-        return {"kind": "bits", "value": budget.bits, "nbytes": nbytes}, nbytes
-    value = avg_bits if avg_bits is not None else budget.avg_bits
-    assert value is not None
-    nbytes = avg_bits_to_nbytes(value, num_weights)
-    return {"kind": "avg_bits", "value": value, "nbytes": nbytes}, nbytes
-
-
-def check_budget(session: Session, *, avg_bits: float | None = None) -> None:
-    budget, nbytes = budget_of(session, avg_bits)
-    if budget["kind"] == "avg_bits":
-        check_feasible(unmeasured_problem(session), nbytes, budget)
+def check_budget(session: Session, wanted: Budget | None = None) -> None:
+    """An error when no plan can meet the recipe's budget, or `wanted`."""
+    budget = budget_of(session, wanted)
+    if budget["kind"] != "bits":
+        check_feasible(unmeasured_problem(session), budget["nbytes"], budget)
         if session.recipe.allocation.method == "pairs":
             check_every_pair(session)
 
 
 def check_every_pair(session: Session) -> None:
     """Every pair by itself is only for few pairs, and for a model that fits in memory with all candidates."""
+    if session.ranks.num > 1:
+        raise RecipeError(
+            f"allocation.method is pairs, which does not share its work, and {session.ranks.num} processes were "
+            "started: start one, or use iqp"
+        )
     measurement, linears, options = session.recipe.measurement, session.skeleton.linears, session.options()
     sizes = pair_sizes(session)
     num_pairs, num_forwards = count_pairs(sizes), count_passes(sizes) / len(sizes)

@@ -20,12 +20,14 @@ import psutil
 import torch
 
 from llmmpq import __version__
-from llmmpq.allocate.budget import describe
+from llmmpq.allocate.budget import describe, parts_of
 from llmmpq.allocate.problem import Problem
-from llmmpq.errors import CheckpointError, RecipeError
+from llmmpq.allocate.solve import check_feasible
+from llmmpq.budgets import budget_of
+from llmmpq.errors import CheckpointError, InfeasibleBudgetError, RecipeError
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
-from llmmpq.planning import budget_of, check_every_pair, pair_sizes
+from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
@@ -39,9 +41,9 @@ def preflight(
     session: Session, problem: Problem, *, out: Path | None, work_dir: Path | None, overwrite: bool
 ) -> dict[str, Any]:
     skeleton, recipe = session.skeleton, session.recipe
-    budget, nbytes = budget_of(session)
+    budget = budget_of(session)
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
-    quantized_nbytes = max(min(nbytes, problem.largest_nbytes), problem.smallest_nbytes)
+    quantized_nbytes = max(min(budget["nbytes"], problem.largest_nbytes), problem.smallest_nbytes)
     output_nbytes = quantized_nbytes + kept_nbytes
     work_nbytes = _work_nbytes(session)
     on_cpu = session.device.type == "cpu"
@@ -65,9 +67,14 @@ def preflight(
                 notes.append(f"--out {out} seems to hold this result already: quantize will compare digests, then say")
         except CheckpointError as error:
             problems.append(str(error))
-    if nbytes < problem.smallest_nbytes:
-        needed = -(-problem.smallest_nbytes * 8 * 1000 // problem.num_weights) / 1000
-        problems.append(f"{describe(budget)} cannot be met: the smallest plan needs {needed:.3f} true bits per weight")
+    try:
+        if budget["kind"] != "bits":
+            check_feasible(problem, budget["nbytes"], budget)
+    except InfeasibleBudgetError as error:
+        problems.append(str(error))
+    longest = session.max_window()
+    if budget["kind"] == "fit_vram" and longest is not None and budget["context"] > longest:
+        notes.append(f"--context {budget['context']:,} is more than the {longest:,} tokens that the model is made for")
     if _is_measured(session) and recipe.allocation.method == "pairs":
         try:
             check_every_pair(session)
@@ -94,6 +101,8 @@ def preflight(
         "num_weights": problem.num_weights,
         "source_nbytes": session.checkpoint.nbytes,
         "budget": describe(budget),
+        "budget_parts": parts_of(budget, quantized_nbytes),
+        "budget_total_nbytes": budget.get("total_nbytes"),
         "quantized_nbytes": quantized_nbytes,
         "kept_nbytes": kept_nbytes,
         "output_nbytes": output_nbytes,

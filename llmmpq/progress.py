@@ -42,6 +42,20 @@ class Silent:
         yield lambda num_done: None
 
 
+class Once:
+    """Hands everything on, but no note twice: several plans share one measurement and what it has to say."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.task = progress.task
+        self._progress = progress
+        self._told: set[str] = set()
+
+    def note(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._progress.note(text)
+
+
 class Terminal:
     """Bars with count, time taken, time left and this process's memory; notes above them."""
 

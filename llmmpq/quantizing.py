@@ -74,14 +74,21 @@ def probe_kl(job: Job, plan: Plan) -> float:
 def start_ride(job: Job, stream: BlockStream, *, num_rows: int, folder: Path, base_is_original: bool) -> Ride:
     """The probe, embedded and ready for the first block, with room for the states of `num_rows` candidates."""
     with stream.around() as around, torch.no_grad():
-        entering = [around.embed(window[None].to(stream.device)).to(stream.dtype) for window in job.tokens.probe.ids]
+        entering = [around.embed(window[None].to(stream.device)).to(stream.dtype) for window in _probe_share(job)]
     shapes = [(state.shape[1], state.shape[2]) for state in entering]
     nbytes = num_rows * stream.dtype.itemsize * sum(tokens * hidden for tokens, hidden in shapes)
     place: Place = "host" if nbytes <= job.session.recipe.measurement.memory_nbytes else "disk"
     if stream.device.type == "cuda" and nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(stream.device)[0]:
         place = "device"
+    rank = job.session.ranks.rank
     store = StateStore(
-        num_rows=num_rows, window_shapes=shapes, dtype=stream.dtype, place=place, device=stream.device, folder=folder
+        num_rows=num_rows,
+        window_shapes=shapes,
+        dtype=stream.dtype,
+        place=place,
+        device=stream.device,
+        folder=folder,
+        name=f"states-{rank}" if rank else "states",
     )
     return Ride(
         store,
@@ -109,10 +116,14 @@ def ride_through(
 
 
 def finish_ride(job: Job, stream: BlockStream, ride: Ride, *, label: str) -> Perturbations:
-    probe = job.tokens.probe
-    with job.progress.task(label, probe.num_tokens, "tokens") as advance, stream.around() as whole, torch.no_grad():
-        whole.embed(probe.ids[:1].to(stream.device))
-        return ride.perturbations(whole, on_tokens=advance)
+    probe = _probe_share(job)
+    with job.progress.task(label, probe.numel(), "tokens") as advance, stream.around() as whole, torch.no_grad():
+        whole.embed(probe[:1].to(stream.device))
+        return ride.perturbations(whole, on_tokens=advance, ranks=job.session.ranks)
+
+
+def _probe_share(job: Job) -> torch.Tensor:
+    return job.session.ranks.share(job.tokens.probe.ids, "probe windows")
 
 
 def save_packed(job: Job, stage: Stage, index: int, result: BlockResult) -> None:
@@ -155,6 +166,7 @@ def stream_of(
         follow_original=follow_original,
         many=many,
         keep_loaded=keep_loaded,
+        ranks=session.ranks,
     )
 
 

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from fractions import Fraction
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -25,6 +26,7 @@ from llmmpq.errors import RecipeError
 from llmmpq.records import LARGEST_GROUP
 
 DEFAULT_AVG_BITS = 3.5
+BUDGET_KINDS = ("avg_bits", "bits", "max_size", "fit_vram")
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -40,7 +42,7 @@ def parse_size(text: str) -> int:
     """Bytes of '5GB' (5e9), '5GiB' (5 * 2**30), '200MB' or '1000000'."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text, flags=re.ASCII)
     unit = SIZE_UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
+    if match is None or unit is None or (nbytes := int(Fraction(match[1]) * unit)) < 1:
         raise RecipeError(f"size {text!r} is not understood; allowed: sizes such as 5GB, 4.5GiB, 200MB or 1000000")
     return nbytes
 
@@ -81,15 +83,35 @@ class _Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(_Checked):
-    """At most one is set; with neither, `Recipe.resolve` asks for 3.5 bits."""
+    """Of `BUDGET_KINDS` at most one is set; with none, `Recipe.resolve` asks for 3.5 bits."""
 
     avg_bits: AvgBits | None = None  # true bits per weight of the quantized linears, scales and zeros included
     bits: Width | None = None  # the same width everywhere
+    max_size: Size | None = None  # of all files of weights on disk
+    fit_vram: Size | None = None  # weights, KV cache and a margin for the runtime
+    context: Positive = 8192  # for fit_vram: tokens of each sequence in the KV cache
+    sequences: Positive = 1  # for fit_vram: sequences that run at the same time
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.avg_bits is not None and self.bits is not None:
-            raise RecipeError(f"avg_bits is {self.avg_bits} and bits is {self.bits}; allowed: one of them, not both")
+        given = {kind: value for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None}
+        if len(given) > 1:
+            seen = " and ".join(f"{kind} is {value}" for kind, value in given.items())
+            raise RecipeError(f"{seen}; allowed: one of them, not {'both' if len(given) == 2 else 'all'}")
+
+    @property
+    def kind(self) -> str | None:
+        return next((kind for kind in BUDGET_KINDS if getattr(self, kind) is not None), None)
+
+    @property
+    def label(self) -> str:
+        """What names a file or folder made for this budget: 3.5bit, 5.5GB, 24GB-vram."""
+        if self.max_size is not None:
+            return "".join(self.max_size.split())
+        if self.fit_vram is not None:
+            return "".join(self.fit_vram.split()) + "-vram"
+        bits = self.avg_bits if self.bits is None else self.bits
+        return f"{DEFAULT_AVG_BITS if bits is None else bits:.10g}bit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +195,10 @@ class Recipe(_Checked):
         return recipe
 
     def override(self, changes: Mapping[str, Any], *, source: str = "command line") -> Recipe:
-        """A recipe with dotted keys replaced; setting budget.avg_bits clears budget.bits and the other way round."""
+        """A recipe with dotted keys replaced; setting one kind of budget clears the others."""
         data = self.to_dict()
-        for one, other in (("avg_bits", "bits"), ("bits", "avg_bits")):
-            if changes.get(f"budget.{one}") is not None:
-                data["budget"][other] = None
+        if any(changes.get(f"budget.{kind}") is not None for kind in BUDGET_KINDS):
+            data["budget"] |= dict.fromkeys(BUDGET_KINDS)
         for dotted, value in changes.items():
             section, _, key = dotted.partition(".")
             if key and isinstance(data.get(section), dict):
@@ -188,8 +209,8 @@ class Recipe(_Checked):
 
     def resolve(self) -> Recipe:
         """The recipe with a budget: 3.5 bits when it names none."""
-        if self.budget.avg_bits is None and self.budget.bits is None:
-            return dataclasses.replace(self, budget=Budget(avg_bits=DEFAULT_AVG_BITS))
+        if self.budget.kind is None:
+            return dataclasses.replace(self, budget=dataclasses.replace(self.budget, avg_bits=DEFAULT_AVG_BITS))
         return self
 
     def to_dict(self) -> dict[str, Any]:

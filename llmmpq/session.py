@@ -18,6 +18,7 @@ from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
 from llmmpq.model.skeleton import Skeleton, build_skeleton
 from llmmpq.model.source import companion_files, resolve_model
 from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens, split_windows
+from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Recipe
 from llmmpq.records import LinearSpec, Scheme
 
@@ -32,6 +33,7 @@ class Session:
     skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ALONE
 
     def options(self) -> dict[str, tuple[Scheme, ...]]:
         """The schemes each linear may take, in rising order of bits; pins may add a width to a linear."""
@@ -59,6 +61,7 @@ class Session:
 
     def numerics(self) -> dict[str, Any]:
         """What, besides the inputs, decides the last bit of a result."""
+        shared = {"processes": self.ranks.num} if self.ranks.num > 1 else {}
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -67,6 +70,7 @@ class Session:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "llmmpq": __version__,
+            **shared,
         }
 
     def max_window(self) -> int | None:
@@ -109,7 +113,7 @@ class Tokens:
         return (*self.calibration.notes, *self.probe.notes)
 
 
-def open_session(recipe: Recipe) -> Session:
+def open_session(recipe: Recipe, *, ranks: Ranks = ALONE) -> Session:
     recipe = recipe.resolve()
     if recipe.model is None:
         raise RecipeError("no MODEL: name a folder, a Hub id or 'demo' on the command line or as 'model' in the recipe")
@@ -118,15 +122,25 @@ def open_session(recipe: Recipe) -> Session:
     folder = resolve_model(recipe.model, revision=recipe.revision)
     checkpoint = Checkpoint.open(folder)
     skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep)
-    device = pick_device(recipe.run.device)
+    device = pick_device(recipe.run.device, ranks=ranks)
     dtype = _pick_dtype(recipe.run.dtype, device, skeleton)
-    resolved: dict[str, Any] = {"run.device": str(device), "run.dtype": str(dtype).removeprefix("torch.")}
+    # With several processes each has a device of its own: none of them is the run's.
+    device_name = str(device) if ranks.num == 1 else device.type
+    resolved: dict[str, Any] = {"run.device": device_name, "run.dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cpu":
         resolved["run.threads"] = torch.get_num_threads()  # sums in another order end in other bits
     if folder.parent.name == "snapshots":
         resolved["revision"] = folder.name  # the commit that a Hub name stood for
     recipe = recipe.override(resolved, source="resolved recipe")
-    return Session(recipe=recipe, folder=folder, checkpoint=checkpoint, skeleton=skeleton, device=device, dtype=dtype)
+    return Session(
+        recipe=recipe,
+        folder=folder,
+        checkpoint=checkpoint,
+        skeleton=skeleton,
+        device=device,
+        dtype=dtype,
+        ranks=ranks,
+    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -138,9 +152,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, *, ranks: Ranks = ALONE) -> torch.device:
+    """With several processes: the process's own device."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -149,7 +164,22 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(f"run.device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise RecipeError(f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
+    return device if ranks.num == 1 or device.type == "cpu" else _own_device(device, ranks)
+
+
+def _own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    if device.index is not None:
+        raise RecipeError(
+            f"run.device is '{device}', but {ranks.num} processes need one device each: give auto or cuda"
+        )
+    if ranks.local_num > torch.cuda.device_count():
+        raise RecipeError(
+            f"{ranks.local_num} processes on this machine need one CUDA device each, torch sees "
+            f"{torch.cuda.device_count()} here: start fewer, or give --device cpu"
+        )
+    own = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(own)
+    return own
 
 
 def _pick_dtype(name: str, device: torch.device, skeleton: Skeleton) -> torch.dtype:

@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from llmmpq.allocate.budget import parts_of
 from llmmpq.progress import duration
 
 Row = Mapping[str, Any]
@@ -40,6 +41,7 @@ def show_quantized(console: Console, result: Row) -> None:
     rows = {
         "Written to": result["out"],
         **_plan_rows(plan, linears),
+        **_part_rows(plan["budget"].get("total_nbytes"), parts_of(plan["budget"], plan["nbytes"])),
         "Size": f"{size(source_nbytes)} -> {size(output_nbytes)}, {ratio}",
         "of which": f"{size(plan['nbytes'])} quantized, {size(result['kept_nbytes'])} kept at 16 bits or more",
         "Took": f"{duration(result['seconds'])}, at most {decimal(result['peak_rss_nbytes'])} of memory",
@@ -58,14 +60,16 @@ def show_plans(console: Console, result: Row) -> None:
     if len(plans) == 1:
         linears = list(plans[0]["linears"].values())
         show_bit_map(console, linears)
-        _show_rows(console, {**_plan_rows(plans[0], linears), "Size": f"{size(plans[0]['nbytes'])} in these matrices"})
-    else:
+        budget, nbytes = plans[0]["budget"], plans[0]["nbytes"]
+        parts = _part_rows(budget.get("total_nbytes"), parts_of(budget, nbytes))
+        _show_rows(console, {**_plan_rows(plans[0], linears), **parts, "Size": f"{size(nbytes)} in these matrices"})
+    elif plans:
         table = _table(
             "asked", "true bits", "code bits", "size", "predicted loss", "gap", "weights by width", right=range(6)
         )
         for plan in plans:
             table.add_row(
-                str(plan["budget"].get("value", "")),
+                f"{plan['budget'].get('value', '')}{' of VRAM' if plan['budget'].get('kind') == 'fit_vram' else ''}",
                 f"{plan['bits_per_weight']:.3f}",
                 f"{plan['code_bits_per_weight']:.3f}",
                 size(plan["nbytes"]),
@@ -74,10 +78,35 @@ def show_plans(console: Console, result: Row) -> None:
                 _shares(plan["linears"].values(), separator="\n"),
             )
         console.print(table)
+    if "curve" in result:
+        _show_curve(console, result["curve"], result["out"])
+    if not plans:
+        return
     if result["out"] is None:
         _say(console, "No plan file was written; --out FOLDER writes what `llmmpq quantize --plan FILE` carries out.")
     else:
         _say(console, f"Plan files are in {result['out']}.")
+
+
+def _show_curve(console: Console, curve: Row, out: str | None) -> None:
+    table = _table("true bits", "code bits", "size", "with kept", "predicted loss", "gap", right=range(6))
+    for point in curve["points"]:
+        table.add_row(
+            f"{point['bits_per_weight']:.3f}",
+            f"{point['code_bits_per_weight']:.3f}",
+            size(point["nbytes"]),
+            size(point["total_nbytes"]),
+            _figure(point["predicted_loss"]),
+            _gap(point["optimality_gap"]),
+        )
+    console.print(table)
+    _say(console, f"{len(curve['points'])} different plans for {curve['num_budgets']} budgets, smallest to largest.")
+    if out is None:
+        _say(console, "No file was written; --out FOLDER writes pareto.json, and pareto.png with matplotlib.")
+    else:
+        _say(console, f"Written to {out}: {', '.join(curve['files'])}.")
+    for note in curve["notes"]:
+        _say(console, f"note: {note}")
 
 
 def show_check(console: Console, result: Row) -> None:
@@ -88,6 +117,7 @@ def show_check(console: Console, result: Row) -> None:
         f"{result['num_weights']:,} weights",
         "Budget": f"{result['budget']}; "
         f"possible are {result['smallest_bits']:.2f} to {result['largest_bits']:.2f} true bits per weight",
+        **_part_rows(result["budget_total_nbytes"], result["budget_parts"]),
         "Size": f"{size(result['source_nbytes'])} -> {size(result['output_nbytes'])}",
         "of which": f"{size(result['quantized_nbytes'])} quantized, {size(result['kept_nbytes'])} kept",
         "Computes on": f"{result['device']} in {result['dtype']}",
@@ -225,6 +255,8 @@ def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
     asked = {
         "avg_bits": f"{value} true bits per weight on average",
         "bits": f"{value} bits everywhere",
+        "max_size": f"at most {value} of files of weights",
+        "fit_vram": f"to run in {value} of GPU memory",
         "plan": "the widths of a plan file",
     }
     groups = sorted({linear["group_size"] for linear in linears})
@@ -237,6 +269,18 @@ def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
         "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
         "Chosen by": None if kind == "plan" else ", ".join(_choice(plan)),
     }
+
+
+def _part_rows(total_nbytes: int | None, parts: Mapping[str, int]) -> dict[str, str]:
+    """What a budget of a total goes to, a line for each part."""
+    if total_nbytes is None:
+        return {}
+    sizes = [size(nbytes) for nbytes in [total_nbytes, *parts.values()]]
+    width = max(map(len, sizes))
+    lines = [f"{shown:>{width}}  {what}" for shown, what in zip(sizes, ["asked for", *parts], strict=True)]
+    left = total_nbytes - sum(parts.values())
+    lines.append(f"{size(left):>{width}}  left" if left >= 0 else f"{size(-left):>{width}}  too much")
+    return {"Goes to": "\n".join(lines)}
 
 
 def _choice(plan: Row) -> Iterator[str]:

@@ -2,13 +2,16 @@
 
     minimise  constant + linear'x + x' gram x   over one option per unit within the limits      (see `program`)
 
-1. Fold and pad (`program`); refuse what cannot fit.   2. Incumbents by annealing and exact moves (`search`).
-3. The tightest convex form by a barrier (`shift`), bounded in between (`relax`), measured from the incumbent.
+1. Fold and pad (`program`); refuse what cannot fit.
+2. Choices by annealing and exact moves (`search`); no products between units: HiGHS's MILP, and done (`milp`).
+3. The tightest convex form (`shift`, `tighten`), options that its relaxation (`relax`) proves useless struck out, and
+   both again on what is left, while that is worth it.
 4. Branch and bound until the gap or the time is reached (`branch`).
 
 Every bound is recomputed here from a point and prices, so it holds whatever stops the search: the gap, the clock or
-the keyboard. Rejected: HiGHS's MILP on the product linearisation (exact, but minutes at 35 units of 4 options) and its
-QP solver for the nodes (no batches, no warm start).
+the keyboard. An interrupt before the first relaxation leaves no bound: the gap is then infinite. The clock is looked at
+between steps; the shortest run is one factorisation and one relaxation. Not used: HiGHS's MILP on the product
+linearisation (in a prototype 6 to 110 s at 35 units of 4 options, against under a second here).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ any prices >= 0 on the limits (costs are divided by their limit):
 
 which is how bounds are computed here: from z and the prices alone, whatever became of the iterations that found them.
 Those are block coordinate descent: one unit at a time moves weight from its worst used to its best option by the exact
-step, for all subproblems of the batch together; the limits stand in an augmented Lagrangian. Projected gradients and
-Frank-Wolfe were tried first: they need tens of times more passes over P.
+step, for all subproblems of the batch together; the limits stand in an augmented Lagrangian. Projected
+gradients and Frank-Wolfe would treat all units at once, but every step of theirs is a pass over P.
 
 Shapes: B subproblems, N = U W options, K limits.
 """

@@ -16,8 +16,9 @@ whose optimum over the block of one unit is in closed form: with M = diag(z) - z
 weight mu / (their reduced loss), the interior-point rule. P^-1 is kept for the options that still matter, and updated
 for many units at a time (Woodbury), so a pass over all units costs about one matrix product.
 
-The result is checked by a Cholesky factorisation; what rounding spoils is put back on the diagonal. Alternatives: the
-plain Gram matrix leaves tens of percent on small measured problems; a shift of the diagonal alone about half of it.
+The result is checked by a Cholesky factorisation; what rounding spoils is put back on the diagonal. Why not leave the
+Gram matrix as it is: on drawn programs of 224 x 11 its relaxation left 5 % at 2.5 bits and 19 % at 4, the shift 0.5 %
+and 5 %.
 """
 
 from __future__ import annotations

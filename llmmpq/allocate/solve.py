@@ -17,7 +17,7 @@ from math import gcd
 import highspy
 import numpy as np
 
-from llmmpq.allocate.budget import describe
+from llmmpq.allocate.budget import describe, too_small
 from llmmpq.allocate.problem import Problem, Unit
 from llmmpq.allocate.quadratic import Program, solve_program
 from llmmpq.errors import InfeasibleBudgetError
@@ -35,6 +35,7 @@ class Solution:
     loss: float
     nbytes: int
     gap: float
+    status: str = "gap"  # what ended the search: optimal, gap, time limit, interrupted
 
 
 def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solution:
@@ -57,7 +58,13 @@ def solve_quadratic(problem: Problem, budget_nbytes: int, *, target_gap: float, 
         starts.append(around)
     solved = solve_program(program, target_gap=target_gap, time_limit_s=time_limit_s, starts=starts)
     choice = list(solved.choice)
-    return Solution(choice=solved.choice, loss=solved.loss, nbytes=_nbytes(problem, choice), gap=solved.gap)
+    return Solution(
+        choice=solved.choice,
+        loss=solved.loss,
+        nbytes=_nbytes(problem, choice),
+        gap=solved.gap,
+        status=solved.status,
+    )
 
 
 def _measured_around(problem: Problem) -> tuple[int, ...] | None:
@@ -107,6 +114,8 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
         return
     num_weights = problem.num_weights
     pinned = [unit for unit in problem.units if unit.pinned]
+    if "reserved" in budget:
+        raise InfeasibleBudgetError(too_small(budget, smallest, pinned=bool(pinned)))
     pinned_nbytes = sum(unit.nbytes[0] for unit in pinned)
     overhead = smallest - sum(
         min(scheme.bits for scheme in unit.schemes) * member.num_weights // 8

@@ -11,6 +11,7 @@ of several layers combine, are the business of the cross-layer measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -54,6 +55,11 @@ def measure_block(
 
 
 def _num_probe_batches(block: Block, num_tokens: int) -> int:
+    """Of this process's share of the probe windows."""
+    window = block.states[0].shape[1]
+    num_tokens = window * block.ranks.num_shared(math.ceil(num_tokens / window))
+    if num_tokens == 0:
+        return 0
     seen = 0
     for position, state in enumerate(block.states):
         seen += state.shape[0] * state.shape[1]
@@ -63,7 +69,7 @@ def _num_probe_batches(block: Block, num_tokens: int) -> int:
 
 
 def _relative_error(block: Block, reference: list[torch.Tensor]) -> float:
-    total, count, num_broken = 0.0, 0, 0
+    total, count, num_broken = 0.0, 0.0, 0.0
     for expected, output in zip(reference, block.run(block.states[: len(reference)]), strict=True):
         expected = expected.float()
         change = (output.float() - expected).square().sum(-1)
@@ -73,6 +79,7 @@ def _relative_error(block: Block, reference: list[torch.Tensor]) -> float:
         total += float(ratio[finite].double().sum())
         count += int(finite.sum())
         num_broken += int((known & ~finite).sum())
+    total, count, num_broken = block.ranks.sum_numbers(total, count, num_broken)
     if num_broken:
         return NON_FINITE_LOSS
     return total / max(count, 1)

@@ -1,7 +1,7 @@
 """Every option of every linear of a block, quantized on the inputs that the block has now.
 
 Linears that share an input share its second moment and factor. The moments come from all calibration tokens in one
-pass through the block.
+pass through the block: those of all processes, where several share them.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def candidates_of(
     warnings += [
         f"{spec.name}: no calibration token reached it; its options count as equally good" for spec in unreached
     ]
-    moments = {group[0].name: Moment(group[0].shape[1], device=block.device) for group in groups}
+    moments = {group[0].name: Moment(group[0].shape[1], device=block.device, ranks=block.ranks) for group in groups}
     leaders = [group[0] for group in groups]
     outputs = block.run_with_inputs(lambda spec, inputs: moments[spec.name].add(inputs), leaders)
     for position, output in enumerate(outputs):
         on_output(position, output)
     for group in groups:
         moment = moments.pop(group[0].name)
+        mean_KK, _ = moment.means(group[0].name)
         if moment.num_excluded:
             warnings.append(f"{group[0].name}: {moment.num_excluded} tokens with NaN or inf left out")
-        mean_KK, _ = moment.means(group[0].name)
         importance_K = mean_KK.diagonal().clone()
         factor = (
             factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)

@@ -13,12 +13,16 @@ import math
 import torch
 
 from llmmpq.errors import CalibrationError
+from llmmpq.ranks import ALONE, Ranks
 
 
 class Moment:
-    """Accumulates over tokens in float32."""
+    """Accumulates over tokens in float32; where several processes share the tokens, the means are over all."""
 
-    def __init__(self, num_features: int, *, device: torch.device, with_cross: bool = False) -> None:
+    def __init__(
+        self, num_features: int, *, device: torch.device, with_cross: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.sum_KK = torch.zeros(num_features, num_features, dtype=torch.float32, device=device)
         self.cross_sum_KK = torch.zeros_like(self.sum_KK) if with_cross else None
         self.num_rows = 0
@@ -43,6 +47,7 @@ class Moment:
 
     def means(self, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """E[x x'] and E[(x0 - x) x'], in place of the sums: the accumulator is used up."""
+        self._sum_over_ranks()
         if self.num_rows == 0:
             raise CalibrationError(
                 f"every activation entering {where} is NaN or infinite ({self.num_excluded} tokens): the model "
@@ -50,6 +55,13 @@ class Moment:
             )
         cross = None if self.cross_sum_KK is None else self.cross_sum_KK.div_(self.num_rows)
         return self.sum_KK.div_(self.num_rows), cross
+
+    def _sum_over_ranks(self) -> None:
+        self.ranks.sum_(self.sum_KK)
+        if self.cross_sum_KK is not None:
+            self.ranks.sum_(self.cross_sum_KK)
+        num_rows, num_excluded = self.ranks.sum_numbers(self.num_rows, self.num_excluded)
+        self.num_rows, self.num_excluded = int(num_rows), int(num_excluded)
 
 
 def _all_finite(rows: torch.Tensor) -> bool:

@@ -35,6 +35,7 @@ import torch
 from llmmpq.measure.states import StateStore
 from llmmpq.model.around import Around
 from llmmpq.model.stream import Block
+from llmmpq.ranks import ALONE, Ranks
 from llmmpq.records import LinearSpec
 
 # The KL of a candidate that turns finite logits into NaN or inf: far above any real one, yet a number.
@@ -119,6 +120,10 @@ class Ride:
                 self._rounded = [block.run_rounded(state, torch.bfloat16) for state in self._rounded]
             self._count(1, on_forward)
 
+    @property
+    def num_windows(self) -> int:
+        return len(self._base)
+
     def window_state(self, window: int) -> dict[str, torch.Tensor]:
         """What `restore` needs of one window to go on from the last block."""
         held = {"base": self._base[window]}
@@ -152,8 +157,8 @@ class Ride:
         on_forward(int(self.num_forwards + 1e-6) - before)
 
     @torch.no_grad()
-    def perturbations(self, around: Around, *, on_tokens: Callable[[int], None]) -> Perturbations:
-        """Norm, head and products, one chunk of tokens at a time."""
+    def perturbations(self, around: Around, *, on_tokens: Callable[[int], None], ranks: Ranks = ALONE) -> Perturbations:
+        """Norm, head and products, one chunk of tokens at a time; summed over processes, each with its windows."""
         total = _Sums(self.num_rows)
         for window, base in enumerate(self._base):
             num_tokens = base.shape[1]
@@ -172,6 +177,7 @@ class Ride:
                     logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
                 total.add(logits_CTV, base_TV, original_TV, rounded_TV)
                 on_tokens(tokens.stop - start)
+        total.sum_over(ranks)
         return total.result(self.num_forwards)
 
 
@@ -224,6 +230,18 @@ class _Sums:
             end = start + len(part)
             self.gram[start + 1 : end + 1, 1 : end + 1] += (part @ rows[:end].t()).double().cpu()
         self.num_tokens += len(p_TV)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        if ranks.num == 1:
+            return
+        broken = self.broken.double()
+        ranks.sum_(self.gram, self.kl, broken)
+        self.broken = broken > 0
+        rounding_kl, num_tokens, num_excluded = ranks.sum_numbers(
+            self.rounding_kl or 0.0, self.num_tokens, self.num_excluded
+        )
+        self.rounding_kl = None if self.rounding_kl is None else rounding_kl
+        self.num_tokens, self.num_excluded = int(num_tokens), int(num_excluded)
 
     def result(self, num_forwards: float) -> Perturbations:
         num = max(self.num_tokens, 1)

@@ -27,10 +27,11 @@ class StateStore:
         place: Place,
         device: torch.device,
         folder: Path,
+        name: str = "states",
     ) -> None:
         self.shapes = [(num_rows, *shape) for shape in window_shapes]
         self.dtype, self.place, self.device = dtype, place, device
-        self._files = [folder / f"states-{index:04d}.bin" for index in range(len(window_shapes))]
+        self._files = [folder / f"{name}-{index:04d}.bin" for index in range(len(window_shapes))]
         self._held: list[torch.Tensor] = []
         if place == "disk":
             folder.mkdir(parents=True, exist_ok=True)

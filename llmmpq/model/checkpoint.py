@@ -25,6 +25,7 @@ from llmmpq.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 COPY_CHUNK_NBYTES = 32 << 20
+HEADER_ALIGNMENT = 8  # the data of a shard begins at a multiple of it
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -231,13 +232,12 @@ def write_checkpoint(
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = _shard_name(number, len(shards))
         digests[file] = _write_shard(folder / file, shard, on_bytes)
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        digests[INDEX_FILE] = write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        digests[INDEX_FILE] = write_text(folder / INDEX_FILE, _index(weight_map, total))
     return digests
 
 
@@ -264,8 +264,38 @@ def _write_failed(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _write_shard(path: Path, shard: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> str:
-    ordered = sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+def most_overhead_nbytes(tensors: Sequence[OutputTensor], *, max_shard_nbytes: int) -> int:
+    """The most bytes that headers and index can take beside these tensors, or beside smaller ones in their place.
+
+    In one shard that holds everything each tensor's offset has at least as many digits as in any other layout. Two
+    neighbouring shards hold more than `max_shard_nbytes` between them, which limits their number.
+    """
+    total = sum(tensor.nbytes for tensor in tensors)
+    num_shards = 1 if total <= max_shard_nbytes else min(len(tensors), 2 * total // max_shard_nbytes + 1)
+    in_one = len(_header(_in_file_order(tensors)))
+    if num_shards == 1:
+        return in_one
+    another, padding = len(_header([])), HEADER_ALIGNMENT - 1
+    file = _shard_name(num_shards, num_shards)
+    index = _index({tensor.name: file for tensor in tensors}, total)
+    return in_one + (num_shards - 1) * another + num_shards * padding + len(index.encode())
+
+
+def _shard_name(number: int, num_shards: int) -> str:
+    return SINGLE_FILE if num_shards == 1 else f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+
+
+def _index(weight_map: Mapping[str, str], total_nbytes: int) -> str:
+    index = {"metadata": {"total_size": total_nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _in_file_order(shard: Sequence[OutputTensor]) -> list[OutputTensor]:
+    return sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def _header(ordered: Sequence[OutputTensor]) -> bytes:
+    """What a shard begins with: the length of the JSON and the JSON."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -276,7 +306,12 @@ def _write_shard(path: Path, shard: Sequence[OutputTensor], on_bytes: Callable[[
         }
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _write_shard(path: Path, shard: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> str:
+    ordered = _in_file_order(shard)
     hasher = hashlib.sha256()
     try:
         with path.open("wb") as stream:
@@ -285,8 +320,7 @@ def _write_shard(path: Path, shard: Sequence[OutputTensor], on_bytes: Callable[[
                 hasher.update(data)
                 stream.write(data)
 
-            emit(len(encoded).to_bytes(8, "little"))
-            emit(encoded)
+            emit(_header(ordered))
             for tensor in ordered:
                 written = 0
                 for chunk in tensor.chunks():

@@ -23,6 +23,7 @@ from llmmpq.errors import UnsupportedModelError
 from llmmpq.model.around import Arguments, Around, EnoughSeenError, free_tensor, set_tensor
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import Skeleton
+from llmmpq.ranks import ALONE, Ranks
 from llmmpq.records import LinearSpec
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # from malloc.h
@@ -47,6 +48,7 @@ class Block:
     original_weights: dict[str, torch.Tensor]
     device: torch.device
     call: _Caller = field(repr=False)
+    ranks: Ranks = ALONE  # with whom the windows are shared
 
     def linear(self, spec: LinearSpec) -> nn.Linear:
         found = self.module.get_submodule(spec.name.removeprefix(self.name + "."))
@@ -134,7 +136,8 @@ class Block:
         """The linears by shared input, in the order in which the block runs them.
 
         Linears that no batch reaches are absent. One whose weight is read without calling it is refused: it could
-        not be run from packed codes.
+        not be run from packed codes. Where several processes share the windows, a linear counts as reached when one of
+        them reaches it.
         """
         group_of: dict[str, list[LinearSpec]] = {}
         groups: list[list[LinearSpec]] = []
@@ -156,6 +159,7 @@ class Block:
             inputs.clear()
             if len(group_of) == len(self.linears):
                 break
+        self._agree_on(groups, group_of)
         for spec in self.linears:
             if spec.name not in group_of and self._reads_weight_of(spec):
                 raise UnsupportedModelError(
@@ -163,6 +167,20 @@ class Block:
                     f"supported. Leave it unquantized with --keep '*.{spec.role}'."
                 )
         return groups
+
+    def _agree_on(self, groups: list[list[LinearSpec]], group_of: dict[str, list[LinearSpec]]) -> None:
+        """The same groups in the same order in all processes, though their windows may reach other linears."""
+        known = self.ranks.gather([[spec.name for spec in group] for group in groups])
+        if all(names == known[0] for names in known):
+            return
+        specs = {spec.name: spec for spec in self.linears}
+        groups.clear()
+        group_of.clear()
+        for names in (names for of_rank in known for names in of_rank):
+            added = [specs[name] for name in names if name not in group_of]
+            if added:
+                groups.append(added)
+                group_of |= {spec.name: added for spec in added}
 
     def _reads_weight_of(self, spec: LinearSpec) -> bool:
         """Whether the block's output depends on a weight: with NaN in it, the output shows it."""
@@ -176,7 +194,7 @@ class Block:
 
 
 class BlockStream:
-    """The blocks of one model over one set of calibration windows."""
+    """The blocks of one model over one set of calibration windows, or over this process's share of them."""
 
     def __init__(
         self,
@@ -191,10 +209,12 @@ class BlockStream:
         follow_original: bool = False,
         many: bool = False,
         keep_loaded: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton = skeleton
         self.checkpoint = checkpoint
-        self.windows = windows
+        self.windows = ranks.share(windows, "calibration windows")
+        self.ranks = ranks
         self.device = device
         self.dtype = dtype
         self.batch = batch
@@ -221,6 +241,7 @@ class BlockStream:
                 original_weights={},
                 device=self.device,
                 call=_Caller(module, arguments[index], name, broadcasts=broadcasts),
+                ranks=self.ranks,
             )
             block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
             try:

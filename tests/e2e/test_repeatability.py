@@ -13,7 +13,7 @@ from llmmpq import pipeline, ridejournal
 from llmmpq.errors import CheckpointError
 from llmmpq.measure.perturb import Ride
 from llmmpq.pipeline import quantize_model
-from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.recipe import Budget, Recipe, load_recipe
 from llmmpq.workdir import Stage
 from tests import tiny
 from tests.e2e.running import (
@@ -163,9 +163,10 @@ def test_an_interrupted_measurement_goes_on_from_its_last_block(
 def test_a_damaged_snapshot_is_measured_anew(
     recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         counting_saves(patch, interrupt_at=8, after=False)
-        quantize_model(recipe, out=tmp_path / "out")
+        with pytest.raises(Interrupted):
+            quantize_model(recipe, out=tmp_path / "out")
     snapshots = list((tmp_path / ".llmmpq-work").glob("*/measure*/ride-*"))
     assert snapshots
     snapshots[0].write_bytes(snapshots[0].read_bytes()[:-50] + bytes(50))
@@ -282,7 +283,8 @@ def test_plans_share_a_measurement_and_give_what_a_direct_run_gives(
 def test_plans_for_budgets_that_are_nearly_equal_are_both_saved(
     recipe: Recipe, reference: tuple[Path, Path, int], tmp_path: Path
 ) -> None:
-    pipeline.make_plans(recipe, [4.5, 4.5000001], out=tmp_path / "plans", work_dir=reference[1])
+    budgets = [Budget(avg_bits=bits) for bits in (4.5, 4.5000001)]
+    pipeline.make_plans(recipe, budgets, out=tmp_path / "plans", work_dir=reference[1])
     assert len(list((tmp_path / "plans").iterdir())) == 2
 
 

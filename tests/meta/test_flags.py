@@ -8,13 +8,15 @@ from typer.main import get_command
 from llmmpq.cli import DECIDED_BY_A_PLAN, RECIPE_FLAGS, app
 from llmmpq.recipe import Recipe
 
-SHARED = """--recipe --revision --calib --tokens --window --seed --method --widths --fuse --no-fuse --pin --keep
+SHARED = """--avg-bits --max-size --fit-vram --context --sequences
+--recipe --revision --calib --tokens --window --seed --method --refine
+--widths --fuse --no-fuse --pin --keep
 --quantizer --group-size --symmetric --asymmetric --sequential --no-sequential --correction --device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
-    "quantize": f"{SHARED} --avg-bits --bits --overwrite --plan",
-    "check": f"{SHARED} --avg-bits --bits --overwrite",
-    "plan": f"{SHARED} --avg-bits",
+    "quantize": f"{SHARED} --bits --overwrite --plan",
+    "check": f"{SHARED} --bits --overwrite",
+    "plan": f"{SHARED} --pareto",
     "inspect": "--json",
     "eval": "--baseline --text --window --device --dtype --quiet --json",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",

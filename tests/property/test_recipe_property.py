@@ -27,6 +27,7 @@ TEXTS = st.one_of(
 COUNTS = st.integers(min_value=2, max_value=10**12)
 WIDTHS = st.sampled_from([2, 3, 4, 8])
 ALGORITHMS = st.sampled_from(["gptq", "rtn"])
+SIZES = st.builds("{}{}".format, st.integers(1, 10**6), st.sampled_from(["", "B", "MB", " GiB", ".25GB"]))
 
 RECIPES = st.builds(
     Recipe,
@@ -35,6 +36,8 @@ RECIPES = st.builds(
     budget=st.one_of(
         st.builds(Budget, avg_bits=st.floats(min_value=0, max_value=16, exclude_min=True)),
         st.builds(Budget, bits=WIDTHS),
+        st.builds(Budget, max_size=SIZES),
+        st.builds(Budget, fit_vram=SIZES, context=COUNTS, sequences=COUNTS),
         st.just(Budget()),
     ),
     calibration=st.builds(
@@ -62,7 +65,7 @@ RECIPES = st.builds(
     ),
     output=st.builds(
         Output,
-        max_shard_size=st.builds("{}{}".format, st.integers(1, 10**6), st.sampled_from(["", "B", "MB", " GiB"])),
+        max_shard_size=SIZES,
         keep=st.lists(TEXTS, max_size=3).map(tuple),
     ),
     run=st.builds(

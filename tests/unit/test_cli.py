@@ -20,7 +20,8 @@ from llmmpq import tables
 from llmmpq.cli import main
 from llmmpq.errors import CheckpointError
 from llmmpq.progress import Silent, Terminal
-from llmmpq.recipe import Recipe, load_recipe
+from llmmpq.ranks import ALONE
+from llmmpq.recipe import Budget, Recipe, load_recipe
 from llmmpq.records import Plan, PlannedLinear, Scheme
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -65,6 +66,8 @@ CHECKED = {
     "num_weights": 4_718_592,
     "source_nbytes": 12_000_000,
     "budget": "--avg-bits 3.5",
+    "budget_parts": {},
+    "budget_total_nbytes": None,
     "quantized_nbytes": 2_000_000,
     "kept_nbytes": 2_000_000,
     "output_nbytes": 4_000_000,
@@ -90,6 +93,7 @@ CHECKED = {
     "notes": ["5 linears have a short last group"],
     "problems": [],
 }
+TOTAL = {"budget_parts": {"quantized": 2_000_000, "kept": 900_000}, "budget_total_nbytes": 3_000_000}
 INSPECTED = {
     "folder": "somewhere/demo-3.5bit",
     "layout_version": 1,
@@ -123,6 +127,26 @@ EVALUATED = {
 BASELINE = EVALUATED | {"model": "demo", "nll": 5.146, "perplexity": 171.7, "bits_per_weight": None}
 
 
+CURVE = {
+    "format": "llmmpq-pareto",
+    "method": "additive",
+    "kept_nbytes": 2_000_000,
+    "points": [
+        {
+            "nbytes": 10_345_678,
+            "total_nbytes": 12_345_678,
+            "bits_per_weight": 3.49,
+            "code_bits_per_weight": 3.2,
+            "predicted_loss": 0.0123,
+            "optimality_gap": 0.0,
+        }
+    ],
+    "num_budgets": 24,
+    "files": [],
+    "notes": ["no picture"],
+}
+
+
 class Recorder(types.ModuleType):
     """Stands for `llmmpq.pipeline`: remembers the call, prints what a careless library would, returns a sample."""
 
@@ -132,6 +156,7 @@ class Recorder(types.ModuleType):
             "quantize_model": QUANTIZED,
             "check": CHECKED,
             "make_plans": [PLAN],
+            "trace_curve": CURVE,
             "inspect": INSPECTED,
             "evaluate": EVALUATED,
             "generate": "The library is closed.",
@@ -216,18 +241,27 @@ def changed(recipe, start=None):
 def test_a_flag_changes_its_keys_and_no_other(pipeline, verb, flags, expected):
     assert main([verb, "some/model", *flags.split()]) == 0
     found = changed(pipeline.recipe)
-    found.pop("budget.avg_bits", None)  # `plan` spells the default out
+    if "budget.avg_bits" not in expected:
+        found.pop("budget.avg_bits", None)  # `plan` spells the default out
     assert found == {"model": "some/model"} | expected
 
 
 @pytest.mark.parametrize("verb", ["quantize", "check"])
 @pytest.mark.parametrize(
     ("flags", "budget"),
-    [("", (None, None)), ("--avg-bits 2.75", (2.75, None)), ("--avg-bits 3", (3.0, None)), ("--bits 4", (None, 4))],
+    [
+        ("", Budget()),
+        ("--avg-bits 2.75", Budget(avg_bits=2.75)),
+        ("--avg-bits 3", Budget(avg_bits=3.0)),
+        ("--bits 4", Budget(bits=4)),
+        ("--max-size 5.5GB", Budget(max_size="5.5GB")),
+        ("--fit-vram 24GB", Budget(fit_vram="24GB")),
+        ("--fit-vram 24GB --context 99 --sequences 3", Budget(fit_vram="24GB", context=99, sequences=3)),
+    ],
 )
 def test_the_budget(pipeline, verb, flags, budget):
     assert main([verb, "demo", *flags.split()]) == 0
-    assert (pipeline.recipe.budget.avg_bits, pipeline.recipe.budget.bits) == budget
+    assert pipeline.recipe.budget == budget
 
 
 def test_flags_override_a_recipe_and_leave_the_rest_of_it(pipeline, tmp_path):
@@ -258,6 +292,8 @@ def test_a_packaged_recipe_and_another_model(pipeline):
         ("demo --avg-bits 2.25", "demo-2.25bit"),
         ("user/Model-7B --avg-bits 3", "Model-7B-3bit"),
         ("./models/mine/ --bits 4", "mine-4bit"),
+        ("demo --max-size 5.5GB", "demo-5.5GB"),
+        ("demo --fit-vram 24GB", "demo-24GB-vram"),
         ("demo --plan plans/plan-3.json", "demo-plan-3"),
         ("demo --out elsewhere", "elsewhere"),
     ],
@@ -276,20 +312,51 @@ def test_what_quantize_hands_on(pipeline):
         "work_dir": Path("w"),
         "overwrite": True,
         "plan_file": Path("p.json"),
+        "ranks": ALONE,
     }
     assert main(["quantize", "demo"]) == 0
     assert isinstance(pipeline.keywords.pop("progress"), Terminal)
-    assert pipeline.keywords == {"out": Path("demo-3.5bit"), "work_dir": None, "overwrite": False, "plan_file": None}
+    assert pipeline.keywords == {
+        "out": Path("demo-3.5bit"),
+        "work_dir": None,
+        "overwrite": False,
+        "plan_file": None,
+        "ranks": ALONE,
+    }
 
 
 @pytest.mark.parametrize(
     ("flags", "budgets"),
-    [("", [3.5]), ("--avg-bits 3", [3.0]), ("--avg-bits 2.5,3,2.5,4", [2.5, 3.0, 4.0]), ("--recipe demo", [3.5])],
+    [
+        ("", [Budget(avg_bits=3.5)]),
+        ("--avg-bits 3", [Budget(avg_bits=3.0)]),
+        ("--avg-bits 2.5,3,2.5,4", [Budget(avg_bits=bits) for bits in (2.5, 3.0, 4.0)]),
+        ("--recipe demo", [Budget(avg_bits=3.5)]),
+        ("--recipe demo --max-size 4GB,5.5GB", [Budget(max_size="4GB"), Budget(max_size="5.5GB")]),
+        ("--fit-vram 8GB,1GiB --context 9", [Budget(fit_vram=size, context=9) for size in ("8GB", "1GiB")]),
+        ("--fit-vram 8GB --avg-bits 3", [Budget(avg_bits=3.0), Budget(fit_vram="8GB")]),
+    ],
 )
 def test_plan_takes_several_budgets(pipeline, flags, budgets):
     assert main(["plan", "demo", "--out", "plans", *flags.split()]) == 0
     assert pipeline.called[1][1] == budgets
+    assert pipeline.recipe.budget == budgets[0]
     assert pipeline.keywords["out"] == Path("plans")
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_budgets"), [("--pareto", 24), ("--pareto 7", 7), ("--pareto --quiet", 24), ("--quiet --pareto", 24)]
+)
+def test_a_curve_needs_no_budget(pipeline, flags, num_budgets, capsys):
+    assert main(["plan", "demo", *flags.split()]) == 0
+    assert pipeline.called[:2] == ("trace_curve", (pipeline.recipe, num_budgets))
+    assert "12.35 MB  0.0123" in " ".join(capsys.readouterr().out.split()).replace("MB ", "MB  ")
+
+
+def test_plans_and_a_curve_in_one_command(pipeline, capsys):
+    assert main(["plan", "demo", "--avg-bits", "3", "--pareto", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["plans"], result["curve"]) == ([PLAN.to_json()], CURVE)
 
 
 def test_what_the_other_verbs_hand_on(pipeline):
@@ -387,6 +454,16 @@ def test_problems_are_shown_and_give_exit_code_2(pipeline, verb, as_json, capsys
         ("quantize demo --recipe nope", "packaged are: 70b-one-gpu"),
         ("quantize demo --recipe own.yaml", "unknown key 'quantizer.bits'"),
         ("quantize demo --avg-bits 3 --bits 4", "one of them, not both"),
+        ("quantize demo --avg-bits 3 --max-size 4GB", "one of them, not both"),
+        ("quantize demo --max-size 3GB --fit-vram 4GB --bits 4", "one of them, not all"),
+        ("quantize demo --max-size big", "such as 5GB"),
+        ("quantize demo --fit-vram 4GB --context 0", "budget.context is 0"),
+        ("quantize demo --avg-bits 3 --context 99", "--context would change nothing: the budget is --avg-bits"),
+        ("check demo --context 9 --sequences 2", "--context and --sequences would change nothing"),
+        ("plan demo --max-size 4GB --sequences 2", "--sequences would change nothing: the budget is --max-size"),
+        ("plan demo --max-size 4GB,", "budget.max_size is ''"),
+        ("plan demo --pareto 1", "--pareto"),
+        ("plan demo --pareto -3", "--pareto"),
         ("quantize demo --avg-bits 17", "at most 16"),
         ("quantize demo --avg-bits nan", "budget.avg_bits is nan"),
         ("quantize demo --avg-bits three", "'--avg-bits'"),
@@ -468,6 +545,8 @@ def columns_of(text):
         (tables.show_inspected, INSPECTED),
         (tables.show_evaluated, EVALUATED | {"baseline": BASELINE, "extra_nll": 0.001}),
         (tables.show_evaluated, EVALUATED),
+        (tables.show_check, CHECKED | TOTAL | {"short_groups": []}),
+        (tables.show_plans, {"out": "plans", "plans": [], "curve": CURVE | {"notes": []}}),
     ],
 )
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -489,6 +568,8 @@ def test_the_bit_map_reads_without_colour():
     [
         ({"kind": "avg_bits", "value": 3.25, "nbytes": 1}, "3.25 true bits per weight on average"),
         ({"kind": "bits", "value": 4, "nbytes": 1}, "4 bits everywhere"),
+        ({"kind": "max_size", "value": "5.5GB", "nbytes": 1}, "at most 5.5GB of files of weights"),
+        ({"kind": "fit_vram", "value": "24GB", "nbytes": 1}, "to run in 24GB of GPU memory"),
         ({"kind": "plan", "value": 3.1234567, "nbytes": 1}, "the widths of a plan file"),
     ],
 )

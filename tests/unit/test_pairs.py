@@ -64,7 +64,7 @@ def whole_models(recipe, tmp_path):
         probe, options = job.tokens.probe.ids, session.options()
         made = {}
         for block in stream_of(job, follow_original=False, dtype=torch.float32, many=True):
-            for spec, position, packed in candidates_of(block, options, measuring._measure_settings(job), warnings=[]):
+            for spec, position, packed in candidates_of(block, options, measuring.measure_settings(job), warnings=[]):
                 made[spec.name, position] = dequantized(packed, torch.float32)
         keys = [(spec.name, i) for spec in session.skeleton.linears for i in range(len(options[spec.name]))]
     model = AutoModelForCausalLM.from_pretrained(session.folder, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The pass of all candidates, against the plain way: a whole model for every candidate, and every pair from its logits."""
+"""The pass of all candidates, against the plain way: a whole model for every candidate, every pair from its logits."""
 
 import numpy as np
 import pytest
@@ -119,7 +119,8 @@ def test_all_pairs_equal_those_of_whole_models(folders, tmp_path, name):
     assert_close_gram(found.gram_CC, gram[1:, 1:])
     assert found.kl_C == pytest.approx(kl[1:], rel=2e-3, abs=1e-9)
     assert found.num_tokens == PROBE.numel()
-    assert found.base_kl == found.constant == 0 and not found.linear_C.any()
+    assert found.base_kl == found.constant == 0
+    assert not found.linear_C.any()
     assert np.linalg.eigvalsh(found.gram_CC).min() > -1e-9 * np.abs(found.gram_CC).max()
 
 
@@ -131,7 +132,8 @@ def test_around_a_base_the_program_gains_a_constant_and_a_linear_term(folders, t
     found, names, weights, _ = measure(folder, tmp_path, base=base)
     gram, kl = plain_way(folder, names, weights, base)
     own = np.arange(len(names)) % 2 == 0  # the base's own options change nothing
-    assert np.abs(found.gram_CC[own]).max() <= 1e-9 and np.abs(found.linear_C[own]).max() <= 1e-9
+    assert np.abs(found.gram_CC[own]).max() <= 1e-9
+    assert np.abs(found.linear_C[own]).max() <= 1e-9
     others = ~own
     assert_close_gram(found.gram_CC[np.ix_(others, others)], gram[1:, 1:][np.ix_(others, others)])
     assert found.linear_C[others] == pytest.approx(2 * gram[0, 1:][others], rel=1e-3, abs=1e-6 * gram[0, 0])
@@ -159,9 +161,7 @@ def test_forwards_are_as_many_as_the_formula_says(folders, tmp_path):
     found, names, _, skeleton = measure(folders("llama"), tmp_path)
     per_block = [len(SCHEMES) * len(skeleton.block_linears(index)) for index in range(3)]
     assert found.num_forwards == pytest.approx(expected_forwards(per_block, extra=2))
-    assert expected_forwards(per_block, extra=0) == sum(
-        len(names[: sum(per_block[: index + 1])]) for index in range(3)
-    )
+    assert expected_forwards(per_block, extra=0) == sum(len(names[: sum(per_block[: index + 1])]) for index in range(3))
 
 
 def test_rounding_the_original_to_bfloat16_has_a_small_kl(folders, tmp_path):

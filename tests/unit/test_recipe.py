@@ -125,14 +125,38 @@ def test_overriding_one_budget_clears_the_other():
     assert uniform.override({"budget.avg_bits": 3.0}).budget == Budget(avg_bits=3.0)
     assert Recipe(budget=Budget(avg_bits=3.0)).override({"budget.bits": 8}).budget == Budget(bits=8)
     assert uniform.override({"budget.avg_bits": None}).budget == uniform.budget
+    assert uniform.override({"budget.max_size": "4.35 GB"}).budget == Budget(max_size="4.35 GB")
+    vram = Recipe(budget=Budget(fit_vram="24GB", context=99, sequences=2))
+    assert vram.override({"budget.bits": 8}).budget == Budget(bits=8, context=99, sequences=2)
     with pytest.raises(RecipeError, match="not both"):
         uniform.override({"budget.avg_bits": 3.0, "budget.bits": 4})
 
 
 def test_resolve_fills_the_budget_only_when_none_is_named():
     assert Recipe().resolve().budget == Budget(avg_bits=3.5)
-    uniform = Recipe(budget=Budget(bits=4))
-    assert uniform.resolve() is uniform
+    for budget in (Budget(bits=4), Budget(max_size="1GB"), Budget(fit_vram="1GB")):
+        recipe = Recipe(budget=budget)
+        assert recipe.resolve() is recipe
+
+
+def test_sizes_are_the_decimals_that_were_typed():
+    assert parse_size("4.35GB") == 4_350_000_000  # 4.35 * 1e9 is one less in doubles
+    assert parse_size(" 1.5 kib ") == 1536
+    assert Budget(max_size=5_000_000).max_size == "5000000"  # YAML reads it as a number
+
+
+@pytest.mark.parametrize(
+    ("budget", "label"),
+    [
+        (Budget(), "3.5bit"),
+        (Budget(avg_bits=2.25), "2.25bit"),
+        (Budget(bits=4), "4bit"),
+        (Budget(max_size="5.5 GB"), "5.5GB"),
+        (Budget(fit_vram="24GiB"), "24GiB-vram"),
+    ],
+)
+def test_a_budget_names_files(budget, label):
+    assert budget.label == label
 
 
 def write(folder, text):
