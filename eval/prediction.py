@@ -68,6 +68,7 @@ class Options:
         self.keys = [(spec.name, i) for spec in sensitivity.linears for i in range(len(sensitivity.options[spec.name]))]
         self.linear_of = np.array([k for k, s in enumerate(sensitivity.linears) for _ in sensitivity.options[s.name]])
         self.bits = np.array([scheme.bits for spec in sensitivity.linears for scheme in sensitivity.options[spec.name]])
+        self.block_of = np.array([spec.block for spec in sensitivity.linears])[self.linear_of]
         self.sizes = np.array([spec.num_weights for spec in sensitivity.linears])
         self.exact = np.array([loss for spec in sensitivity.linears for loss in sensitivity.losses[spec.name]])
         self.weights = weights
@@ -257,6 +258,8 @@ def measure_pair(truth: Truth, options: Options, i: int, j: int) -> dict[str, An
         "j": j,
         "bits_i": int(options.bits[i]),
         "bits_j": int(options.bits[j]),
+        "names": f"{options.keys[i][0]} {options.keys[j][0]}",
+        "one_block": bool(options.block_of[i] == options.block_of[j]),
         "kl_i": kl_i,
         "kl_j": kl_j,
         "true": truth(options, [i, j]) - kl_i - kl_j,
@@ -324,6 +327,8 @@ def tables(plans: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str
     groups = {
         "uniform": [p for p in pairs if p["sample"] == "uniform"],
         "uniform, no 8 bits": [p for p in pairs if p["sample"] == "uniform" and max(p["bits_i"], p["bits_j"]) < 8],
+        "all, one block": [p for p in pairs if p["one_block"]],
+        "all, different blocks": [p for p in pairs if not p["one_block"]],
         "both 2 bits": [p for p in pairs if p["bits_i"] == p["bits_j"] == 2],
     }
     for name, members in groups.items():
@@ -377,13 +382,17 @@ def save(
     out.with_suffix(".json").write_text(json.dumps({"meta": meta, "tables": table}, indent=1) + "\n", encoding="utf-8")
     with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["kind", "bits", "quadratic", "mixed", "additive", "diagonal", "true_probe", "true_heldout"])
+        writer.writerow(
+            ["kind", "bits", "quadratic", "mixed", "additive", "diagonal", "true_probe", "true_heldout", "pair"]
+        )
         keys = ("kind", "bits", "quadratic", "mixed", "additive", "diagonal", "probe", "heldout")
         for point in plans:
-            writer.writerow([point[k] if k == "kind" else f"{point[k]:.6g}" for k in keys])
+            writer.writerow([point[k] if k == "kind" else f"{point[k]:.6g}" for k in keys] + [""])
         for pair in pairs:
             kind, bits = f"pair, {pair['sample']}", f"{pair['bits_i']}+{pair['bits_j']}"
-            writer.writerow([kind, bits, f"{pair['predicted']:.6g}", "", "", "", f"{pair['true']:.6g}", ""])
+            writer.writerow(
+                [kind, bits, f"{pair['predicted']:.6g}", "", "", "", f"{pair['true']:.6g}", "", pair["names"]]
+            )
     draw(out.with_suffix(".png"), plans, pairs, title=title)
 
 
@@ -391,7 +400,7 @@ def draw(path: Path, plans: list[dict[str, Any]], pairs: list[dict[str, Any]], *
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     random = [p for p in plans if p["kind"] == "random"]
@@ -422,6 +431,8 @@ def draw(path: Path, plans: list[dict[str, Any]], pairs: list[dict[str, Any]], *
     threshold = float(np.quantile([abs(p["true"]) for p in pairs], 0.2))
     right.set_xscale("symlog", linthresh=threshold)
     right.set_yscale("symlog", linthresh=threshold)
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(ticker.FixedLocator([-1e-2, -1e-4, -1e-6, 0, 1e-6, 1e-4, 1e-2]))
     right.set(xlabel="predicted 2 Q_ij", ylabel="true KL_ij - KL_i - KL_j", title="pair terms")
     right.legend(frameon=False)
     figure.suptitle(title)
