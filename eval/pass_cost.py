@@ -1,4 +1,4 @@
-"""What the cross-layer pass costs: block forwards against the formula, time, and memory with states in memory or on disk.
+"""What the cross-layer pass costs: block forwards against the formula, time, memory with states here or on disk.
 
     python eval/pass_cost.py [--model demo] [--tokens 2048] [--options 11] [--memory 8GB] [--threads 2]
 
@@ -75,9 +75,8 @@ def main() -> None:
     formula = expected_forwards(per_block, extra=2)
     states = sum(per_block) * found.num_tokens * session.skeleton.model.config.get_text_config().hidden_size * 4
     print(f"{args.model}: {len(per_block)} blocks, {sum(per_block)} candidates, {found.num_tokens} probe tokens")
-    print(
-        f"block forwards {found.num_forwards:.0f}, formula {formula}, without the two extra {formula - 2 * len(per_block)}"
-    )
+    bare = formula - 2 * len(per_block)
+    print(f"block forwards {found.num_forwards:.0f}, formula {formula}, without the two extra {bare}")
     print(
         f"blocks and candidates {rode - started:.1f} s, pairs {time.monotonic() - rode:.1f} s, {args.threads} threads"
     )

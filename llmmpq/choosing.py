@@ -17,7 +17,7 @@ from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import Solution, check_feasible, solve, solve_quadratic, to_plan, uniform
 from llmmpq.budgets import budget_of
 from llmmpq.job import Job
-from llmmpq.measuring import measure_around, measure_locally, measure_pairs
+from llmmpq.measuring import measure_around, measure_every_pair, measure_locally, measure_pairs
 from llmmpq.planning import unmeasured_problem
 from llmmpq.quantizing import probe_kl
 from llmmpq.records import Plan, Sensitivity
@@ -25,6 +25,7 @@ from llmmpq.records import Plan, Sensitivity
 # What is measured for each method, and whether the pairs count. `uniform` measures nothing.
 METHODS: dict[str, tuple[Callable[[Job], Sensitivity], bool]] = {
     "iqp": (measure_pairs, True),
+    "pairs": (measure_every_pair, True),
     "additive": (measure_pairs, False),
     "local": (measure_locally, False),
 }
@@ -48,7 +49,9 @@ def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
     for warning in sensitivity.warnings:
         job.progress.note(warning)
     plan = _solved(job, sensitivity, nbytes, budget, with_pairs=with_pairs)
-    return _refined(job, plan, nbytes, budget) if with_pairs and allocation.refine else plan
+    # Refining goes by the quadratic model that `pairs` is there to be held against.
+    refines = allocation.method == "iqp" and allocation.refine
+    return _refined(job, plan, nbytes, budget) if refines else plan
 
 
 def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool) -> Plan:

@@ -200,7 +200,7 @@ def quantize(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
-    invoked: typer.Context,
+    call: typer.Context,
     out: OutOption = None,
     work_dir: WorkOption = None,
     overwrite: OverwriteOption = False,
@@ -219,7 +219,7 @@ def quantize(
             f"--plan and {flags} are both given; the plan decides that: edit its file, or leave --plan out"
         )
     folder = out or _default_out(recipe, plan)
-    with _pipeline(quiet=quiet, ranks=invoked.obj) as (pipeline, progress):
+    with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
         result = pipeline.quantize_model(
             recipe,
             out=folder,
@@ -227,7 +227,7 @@ def quantize(
             overwrite=overwrite,
             plan_file=plan,
             progress=progress,
-            ranks=invoked.obj,
+            ranks=call.obj,
         )
     _show(tables.show_quantized, result, as_json=as_json)
 
@@ -270,7 +270,7 @@ def plan(
     recipe: Recipe,
     given: Mapping[str, Any],
     *,
-    invoked: typer.Context,
+    call: typer.Context,
     avg_bits: PlanBitsOption = None,
     max_size: PlanSizesOption = None,
     fit_vram: PlanVramOption = None,
@@ -298,8 +298,8 @@ def plan(
     if not any(budget.fit_vram for budget in budgets):
         _refuse_idle_flags(recipe.budget, given)
     result: dict[str, Any] = {"out": None if out is None else str(out), "plans": []}
-    places = {"out": out, "work_dir": work_dir, "ranks": invoked.obj}
-    with _pipeline(quiet=quiet, ranks=invoked.obj) as (pipeline, progress):
+    places = {"out": out, "work_dir": work_dir, "ranks": call.obj}
+    with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
         if budgets:
             plans = pipeline.make_plans(recipe, list(dict.fromkeys(budgets)), **places, progress=progress)
             result["plans"] = [made.to_json() for made in plans]

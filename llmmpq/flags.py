@@ -77,7 +77,9 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "seed": (("calibration.seed",), _option(int, "--seed", panel=CALIBRATION, text="Which sequences are drawn.")),
     "method": (
         ("allocation.method",),
-        _option(str, "--method", panel=BITS, metavar="<iqp|additive|local|uniform>", text="How widths are chosen."),
+        _option(
+            str, "--method", panel=BITS, metavar="<iqp|additive|local|uniform|pairs>", text="How widths are chosen."
+        ),
     ),
     "refine": (
         ("allocation.refine",),

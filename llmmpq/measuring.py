@@ -17,10 +17,13 @@ from llmmpq.execute import apply_result, quantize_block
 from llmmpq.job import Job
 from llmmpq.measure.block_loss import measure_block
 from llmmpq.measure.candidates import MeasureSettings, candidates_of
+from llmmpq.measure.pairs import Candidates, LoadedModel, count_passes, to_gram
 from llmmpq.measure.perturb import Perturbations, expected_forwards
 from llmmpq.model.stream import Block
+from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.linear import dequantized
 from llmmpq.quantizing import (
+    TOKENS_PER_FORWARD,
     execute_settings,
     finish_ride,
     load_packed,
@@ -155,6 +158,67 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     sensitivity = _finished(job, stage, found, rows, [], around=plan)
     journal.close()
     return sensitivity
+
+
+def measure_every_pair(job: Job) -> Sensitivity:
+    """The true KL of every two candidates together, one forward each: an oracle for small models."""
+    options, linears = job.session.options(), job.session.skeleton.linears
+    stage = job.work.stage("measure-every-pair", _inputs(job) | {"probe tokens": job.tokens.probe.digest})
+    name_changes(stage, "measurement", job.progress)
+    known = _known(stage)
+    if known is not None:
+        return known
+    check_every_pair(job.session)
+    num_passes = count_passes(pair_sizes(job.session))
+    settings, warnings = measure_settings(job), list[str]()
+    stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True, keep_loaded=True)
+    try:
+        blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
+        for block in stream:
+            blocks.append(block)
+            for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
+                weights[spec.name, position] = dequantized(packed, block.original_weights[spec.name].dtype)
+        candidates, num_rows = [], 0
+        for spec in linears:
+            own = tuple(weights[spec.name, position] for position in range(len(options[spec.name])))
+            candidates.append(Candidates(spec=spec, first_row=num_rows, weights=own))
+            num_rows += len(own)
+        with job.progress.task("measure every pair", num_passes, "block passes") as advance:
+            model = LoadedModel(
+                blocks,
+                candidates,
+                stream.around,
+                job.tokens.probe.ids.to(stream.device),
+                tokens_per_forward=TOKENS_PER_FORWARD[stream.device.type],
+                on_pass=advance,
+            )
+            kl_C, kl_CC = np.zeros(num_rows), np.zeros((num_rows, num_rows))
+            for index, first in enumerate(candidates):
+                done = stage.load(f"linear-{index:04d}")
+                if done is None:
+                    kl_O, kl_OC = model.pairs_of(index)
+                    stage.save(f"linear-{index:04d}", {"name": first.spec.name}, {"alone": kl_O, "pairs": kl_OC})
+                else:
+                    kl_O, kl_OC = done[1]["alone"], done[1]["pairs"]
+                    advance(model.passes_of(index))
+                kl_C[first.rows], kl_CC[first.rows] = kl_O.numpy(), kl_OC.numpy()
+    finally:
+        stream.release()
+    linear_of = np.repeat(np.arange(len(candidates)), [len(one.weights) for one in candidates])
+    gram, said = to_gram(kl_C, kl_CC + kl_CC.T, linear_of)
+    found = Perturbations(
+        gram_CC=gram,
+        linear_C=np.zeros(num_rows),
+        constant=0.0,
+        kl_C=kl_C,
+        base_kl=0.0,
+        rounding_kl=None,
+        num_tokens=job.tokens.probe.num_tokens - model.num_excluded,
+        num_forwards=num_passes,
+        num_excluded=model.num_excluded,
+    )
+    rows = [(spec.name, scheme) for spec in linears for scheme in options[spec.name]]
+    return _finished(job, stage, found, rows, [*warnings, *said], around=None)
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:

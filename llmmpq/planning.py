@@ -9,10 +9,11 @@ from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
 from llmmpq.errors import RecipeError
+from llmmpq.measure.pairs import MAX_NUM_PAIRS, count_pairs, count_passes
 from llmmpq.model.checkpoint import write_text
 from llmmpq.output import EDITED, read_plan
 from llmmpq.recipe import Budget
-from llmmpq.records import Plan, PlannedLinear, Sensitivity
+from llmmpq.records import DTYPE_NBYTES, Plan, PlannedLinear, Sensitivity
 from llmmpq.session import Session
 
 
@@ -21,6 +22,45 @@ def check_budget(session: Session, wanted: Budget | None = None) -> None:
     budget = budget_of(session, wanted)
     if budget["kind"] != "bits":
         check_feasible(unmeasured_problem(session), budget["nbytes"], budget)
+        if session.recipe.allocation.method == "pairs":
+            check_every_pair(session)
+
+
+def check_every_pair(session: Session) -> None:
+    """Every pair by itself is only for few pairs, and for a model that fits in memory with all candidates."""
+    if session.ranks.num > 1:
+        raise RecipeError(
+            f"allocation.method is pairs, which does not share its work, and {session.ranks.num} processes were "
+            "started: start one, or use iqp"
+        )
+    measurement, linears, options = session.recipe.measurement, session.skeleton.linears, session.options()
+    sizes = pair_sizes(session)
+    num_pairs, num_forwards = count_pairs(sizes), count_passes(sizes) / len(sizes)
+    itemsize = DTYPE_NBYTES["float32" if measurement.dtype == "auto" else measurement.dtype]
+    nbytes = sum(spec.num_weights * (1 + len(options[spec.name])) * itemsize for spec in linears)
+    allowed = measurement.memory_nbytes
+    if num_pairs <= MAX_NUM_PAIRS and nbytes <= allowed:
+        return
+    reason = (
+        f"at most {MAX_NUM_PAIRS:,} pairs are taken on"
+        if num_pairs > MAX_NUM_PAIRS
+        else f"weights and candidates take {nbytes / 1e9:.2g} GB, and measurement.memory is {allowed / 1e9:.2g} GB"
+    )
+    raise RecipeError(
+        f"allocation.method is pairs, which runs every two candidates together: {len(linears)} linears with "
+        f"{sum(map(sum, sizes))} options make {num_pairs:,} pairs, as much work as {num_forwards:,.0f} forwards of the "
+        f"whole model over {measurement.tokens:,} tokens; {reason}. Use iqp, which gets all pairs from one forward per "
+        "candidate, or fewer allocation.widths."
+    )
+
+
+def pair_sizes(session: Session) -> list[list[int]]:
+    """For each block, how many options each of its linears has."""
+    options, skeleton = session.options(), session.skeleton
+    return [
+        [len(options[spec.name]) for spec in skeleton.block_linears(index)]
+        for index in range(len(skeleton.block_names))
+    ]
 
 
 def unmeasured_problem(session: Session) -> Problem:

@@ -24,8 +24,10 @@ from llmmpq.allocate.budget import describe, parts_of
 from llmmpq.allocate.problem import Problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
-from llmmpq.errors import CheckpointError, InfeasibleBudgetError
+from llmmpq.errors import CheckpointError, InfeasibleBudgetError, RecipeError
+from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
+from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
@@ -73,6 +75,11 @@ def preflight(
     longest = session.max_window()
     if budget["kind"] == "fit_vram" and longest is not None and budget["context"] > longest:
         notes.append(f"--context {budget['context']:,} is more than the {longest:,} tokens that the model is made for")
+    if _is_measured(session) and recipe.allocation.method == "pairs":
+        try:
+            check_every_pair(session)
+        except RecipeError as error:
+            problems.append(str(error))
     problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
         ("memory", ram_nbytes, ram_free),
@@ -251,6 +258,10 @@ def _measuring_multiplications(session: Session) -> float:
         return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
     config = skeleton.model.config.get_text_config()
     num_candidates = num_options * len(skeleton.linears)
+    if recipe.allocation.method == "pairs":
+        sizes, weights = pair_sizes(session), sum(spec.num_weights for spec in skeleton.linears)
+        head = (count_pairs(sizes) + num_candidates) * config.vocab_size * config.hidden_size
+        return probe * (count_passes(sizes) / len(sizes) * weights + head)
     joined, forwards = 0, 0.0
     for specs in blocks:
         joined += num_options * len(specs)
@@ -262,7 +273,7 @@ def _measuring_multiplications(session: Session) -> float:
 def _waiting_nbytes(session: Session) -> int:
     """The states of all candidates of the cross-layer measurement."""
     recipe = session.recipe
-    if not _is_measured(session) or recipe.allocation.method == "local":
+    if not _is_measured(session) or recipe.allocation.method in ("local", "pairs"):
         return 0
     num_candidates = len(recipe.allocation.widths) * len(session.skeleton.linears)
     hidden = session.skeleton.model.config.get_text_config().hidden_size

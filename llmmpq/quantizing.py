@@ -146,7 +146,14 @@ def execute_settings(session: Session) -> ExecuteSettings:
     )
 
 
-def stream_of(job: Job, *, follow_original: bool, dtype: torch.dtype | None = None, many: bool = False) -> BlockStream:
+def stream_of(
+    job: Job,
+    *,
+    follow_original: bool,
+    dtype: torch.dtype | None = None,
+    many: bool = False,
+    keep_loaded: bool = False,
+) -> BlockStream:
     session, run = job.session, job.session.recipe.run
     return BlockStream(
         session.skeleton,
@@ -158,6 +165,7 @@ def stream_of(job: Job, *, follow_original: bool, dtype: torch.dtype | None = No
         states_on_host=run.activations == "host",
         follow_original=follow_original,
         many=many,
+        keep_loaded=keep_loaded,
         ranks=session.ranks,
     )
 

@@ -205,10 +205,10 @@ class _Sums:
             logits_CTV, base_TV, original_TV = logits_CTV[:, known_T], base_TV[known_T], original_TV[known_T]
             rounded_TV = None if rounded_TV is None else rounded_TV[known_T]
         p_TV = original_TV.softmax(-1)
-        base_change_TV = _centred(base_TV - original_TV, p_TV)
+        base_change_TV = centred_change(base_TV - original_TV, p_TV)
         if rounded_TV is not None:
-            change_TV = _centred(rounded_TV - original_TV, p_TV)
-            self.rounding_kl = (self.rounding_kl or 0.0) + float(_kl(change_TV, p_TV).double().sum())
+            change_TV = centred_change(rounded_TV - original_TV, p_TV)
+            self.rounding_kl = (self.rounding_kl or 0.0) + float(kl_of_change(change_TV, p_TV).double().sum())
         # In place from here: the logits become the changes and then the rows u. Every pass over them counts.
         change_CTV = logits_CTV.sub_(base_TV)
         mean_CT = _mean(change_CTV, p_TV)
@@ -218,9 +218,9 @@ class _Sums:
             change_CTV[broken_C], mean_CT[broken_C] = 0.0, 0.0
         change_CTV.sub_(mean_CT[..., None])
         moved = bool(base_change_TV.any())
-        kl_C = _kl(change_CTV + base_change_TV if moved else change_CTV, p_TV).double().sum(-1)
+        kl_C = kl_of_change(change_CTV + base_change_TV if moved else change_CTV, p_TV).double().sum(-1)
         self.kl[1:] += kl_C.cpu()
-        self.kl[0] += float(_kl(base_change_TV, p_TV).double().sum())
+        self.kl[0] += float(kl_of_change(base_change_TV, p_TV).double().sum())
         root_TV = p_TV.sqrt()
         rows, base_row = change_CTV.mul_(root_TV).flatten(1), base_change_TV.mul_(root_TV).flatten()
         self.gram[0, 0] += (base_row @ base_row).double().cpu()
@@ -268,11 +268,11 @@ def _mean(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...tv,tv->...t", change, p_TV)
 
 
-def _centred(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+def centred_change(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     return change - _mean(change, p_TV)[..., None]
 
 
-def _kl(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+def kl_of_change(change: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
     """KL(p || p') where the logits of p' differ by `change`, whose mean under p is zero.
 
     It is log E_p[exp(change)]; written with expm1, so that small changes do not drown in the 1.

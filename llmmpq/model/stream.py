@@ -208,6 +208,7 @@ class BlockStream:
         states_on_host: bool = False,
         follow_original: bool = False,
         many: bool = False,
+        keep_loaded: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton = skeleton
@@ -219,6 +220,7 @@ class BlockStream:
         self.batch = batch
         self.follow_original = follow_original
         self.many = many  # the caller will use `Block.run_many`
+        self.keep_loaded = keep_loaded  # blocks stay usable (but for their `states`) until `release`
         self.states_device = torch.device("cpu") if states_on_host else device
 
     def __iter__(self) -> Iterator[Block]:
@@ -251,9 +253,20 @@ class BlockStream:
                             self._advance(block, original_states)
                 block.original_weights.clear()
             finally:
-                for tensor_name in skeleton.block_tensors(index):
-                    free_tensor(module, tensor_name.removeprefix(name + "."))
-                _give_back_freed_memory()
+                if not self.keep_loaded:
+                    self._free(index)
+                    _give_back_freed_memory()
+
+    def release(self) -> None:
+        """Give up what `keep_loaded` kept."""
+        for index in range(len(self.skeleton.block_names)):
+            self._free(index)
+        _give_back_freed_memory()
+
+    def _free(self, index: int) -> None:
+        prefix = self.skeleton.block_names[index] + "."
+        for name in self.skeleton.block_tensors(index):
+            free_tensor(self.skeleton.block(index), name.removeprefix(prefix))
 
     def _advance(self, block: Block, states: list[torch.Tensor]) -> None:
         # In place, batch by batch: the states before and after a block never exist side by side.

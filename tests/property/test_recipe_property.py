@@ -46,7 +46,7 @@ RECIPES = st.builds(
     measurement=st.builds(Measurement, tokens=COUNTS, quantizer=ALGORITHMS),
     allocation=st.builds(
         Allocation,
-        method=st.sampled_from(["additive", "uniform"]),
+        method=st.sampled_from(["iqp", "additive", "local", "uniform", "pairs"]),
         widths=st.lists(WIDTHS, min_size=1, unique=True).map(tuple),
         fuse=st.booleans(),
         pins=st.dictionaries(TEXTS, WIDTHS, max_size=3),

@@ -20,6 +20,7 @@ from llmmpq import tables
 from llmmpq.cli import main
 from llmmpq.errors import CheckpointError
 from llmmpq.progress import Silent, Terminal
+from llmmpq.ranks import ALONE
 from llmmpq.recipe import Budget, Recipe, load_recipe
 from llmmpq.records import Plan, PlannedLinear, Scheme
 
@@ -311,10 +312,17 @@ def test_what_quantize_hands_on(pipeline):
         "work_dir": Path("w"),
         "overwrite": True,
         "plan_file": Path("p.json"),
+        "ranks": ALONE,
     }
     assert main(["quantize", "demo"]) == 0
     assert isinstance(pipeline.keywords.pop("progress"), Terminal)
-    assert pipeline.keywords == {"out": Path("demo-3.5bit"), "work_dir": None, "overwrite": False, "plan_file": None}
+    assert pipeline.keywords == {
+        "out": Path("demo-3.5bit"),
+        "work_dir": None,
+        "overwrite": False,
+        "plan_file": None,
+        "ranks": ALONE,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,452 @@
+"""What the quadratic model of the probe's KL predicts, against whole models with the same weights in them.
+
+    python eval/prediction.py [--model demo] [--recipe demo] [--plans 200] [--pairs 200] [--two-bit-pairs 100]
+                              [--heldout-windows 8] [--seed 0] [--work-dir DIR] [--out eval/results/prediction-NAME]
+
+Candidates are those of the library's own measuring pass: quantized on the inputs of the unchanged model, and not, as in
+a final quantization, on those of the quantized one. So only the prediction is judged here, not the plan's worth.
+
+Plans are random: each draws a target average between 2 and 4 bits, then every linear's width around it. Pairs are
+uniform over (linear, option) of different linears; a second sample has 2-bit options only. Predictions of a plan's KL:
+
+    quadratic    x'Qx
+    mixed        x'Qx with the exact KL of each option alone on the diagonal
+    additive     the sum of those exact KL figures: what `allocation.method: additive` minimises
+    diagonal     the sum of Q's diagonal
+
+Writes OUT.json (figures, versions, machine), OUT.csv (every point) and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import llmmpq
+from llmmpq import pipeline
+from llmmpq.allocate.problem import build_problem
+from llmmpq.allocate.solve import solve, solve_quadratic
+from llmmpq.job import Job, open_job
+from llmmpq.measure.candidates import candidates_of
+from llmmpq.measuring import _dtype, measure_pairs, measure_settings
+from llmmpq.model.tokens import evaluation_windows, packaged_text
+from llmmpq.progress import Terminal
+from llmmpq.quantize.linear import dequantized
+from llmmpq.quantizing import stream_of
+from llmmpq.recipe import load_recipe
+from llmmpq.records import Sensitivity
+from llmmpq.session import load_tokenizer, open_session
+
+RANGES = ((0.0, 0.02), (0.02, 0.1), (0.1, 0.5), (0.5, np.inf))  # of the true KL, nats per token
+WIDTH_SPREAD = 1.0  # bits: how far a plan's widths scatter around its average
+SOLVED_AT = (2.5, 2.75, 3.0, 3.25, 3.5, 4.0)  # true bits per weight
+PRECISION_SAMPLE = 10  # pairs measured once more in float64
+WINDOW = 512  # of the held-out text
+BATCH_TOKENS = 2048  # in one forward: the logits of a few thousand tokens fit anywhere
+
+
+class Options:
+    """Every (linear, option) with its weights, in the order of the rows of Q."""
+
+    def __init__(self, sensitivity: Sensitivity, weights: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        assert sensitivity.quadratic is not None
+        self.gram = sensitivity.quadratic.gram_OO
+        self.keys = [(spec.name, i) for spec in sensitivity.linears for i in range(len(sensitivity.options[spec.name]))]
+        self.linear_of = np.array([k for k, s in enumerate(sensitivity.linears) for _ in sensitivity.options[s.name]])
+        self.bits = np.array([scheme.bits for spec in sensitivity.linears for scheme in sensitivity.options[spec.name]])
+        self.sizes = np.array([spec.num_weights for spec in sensitivity.linears])
+        self.exact = np.array([loss for spec in sensitivity.linears for loss in sensitivity.losses[spec.name]])
+        self.weights = weights
+
+    def predictions(self, rows: Sequence[int]) -> dict[str, float]:
+        rows = list(rows)
+        quadratic = float(self.gram[np.ix_(rows, rows)].sum())
+        diagonal, additive = float(self.gram[rows, rows].sum()), float(self.exact[rows].sum())
+        return {
+            "quadratic": quadratic,
+            "mixed": quadratic - diagonal + additive,
+            "additive": additive,
+            "diagonal": diagonal,
+        }
+
+    def average_bits(self, rows: Sequence[int]) -> float:
+        return float(self.bits[list(rows)] @ self.sizes / self.sizes.sum())
+
+
+class Truth:
+    """KL of the whole model with some weights replaced, against the original, on fixed windows."""
+
+    def __init__(self, model: transformers.PreTrainedModel, windows: torch.Tensor) -> None:
+        self.model = model
+        self.parts = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self.reference = [self._log_probabilities(part) for part in self.parts]
+        self.probabilities = [expected.exp() for expected in self.reference]
+
+    @torch.no_grad()
+    def __call__(self, options: Options, rows: Sequence[int]) -> float:
+        old: list[tuple[torch.nn.Linear, torch.Tensor]] = []
+        for name, position in (options.keys[row] for row in rows):
+            linear = self.model.get_submodule(name)
+            old.append((linear, linear.weight.data))
+            linear.weight.data = options.weights[name, position].to(linear.weight.dtype)
+        total, num_tokens = 0.0, 0
+        for part, expected, p in zip(self.parts, self.reference, self.probabilities, strict=True):
+            # KL = E_p[exp(d) - 1 - d] with d the change of the log-probability: no term is negative, so rounding
+            # does not drown small figures.
+            d = self._log_probabilities(part) - expected
+            total += float((torch.expm1(d).sub_(d) * p).sum(-1).double().sum())
+            num_tokens += part.numel()
+        for linear, weight in old:
+            linear.weight.data = weight
+        return total / num_tokens
+
+    @torch.no_grad()
+    def _log_probabilities(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.model(part).logits, dim=-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--plans", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--two-bit-pairs", type=int, default=100)
+    parser.add_argument("--heldout-windows", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work-dir", type=Path, help="keeps the measurement; without it a temporary folder")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    out = args.out or Path(__file__).parent / "results" / f"prediction-{Path(args.model).name}"
+    started, versions = time.monotonic(), provenance()
+
+    recipe = load_recipe(args.recipe).override({"model": args.model, "calibration.source": "builtin"})
+    session = open_session(recipe)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = args.work_dir or Path(scratch)
+        with open_job(session, out=root / "none", work_dir=root, progress=Terminal()) as job:
+            sensitivity = measure_pairs(job)
+            options = Options(sensitivity, candidate_weights(job))
+            probe = job.tokens.probe.ids
+    folder, model = pipeline.load_model(args.model)
+    model = model.to(torch.float32)
+    windows = evaluation_windows(load_tokenizer(folder), packaged_text("heldout.txt"), WINDOW)
+    spread = np.linspace(0, len(windows) - 1, min(args.heldout_windows, len(windows))).round().astype(int)
+    heldout = windows[torch.from_numpy(spread)]
+    on_probe = Truth(model, probe)
+    print(f"{args.model}: measured after {time.monotonic() - started:.0f} s", flush=True)
+
+    rng = np.random.default_rng(args.seed)
+    drawn = [draw_plan(rng, options, average) for average in rng.uniform(2.0, 4.0, args.plans)]
+    all_rows = np.arange(len(options.keys))
+    uniform = [draw_pair(rng, options, all_rows) for _ in range(args.pairs)]
+    narrow = [draw_pair(rng, options, all_rows[options.bits == 2]) for _ in range(args.two_bit_pairs)]
+
+    pairs = [measure_pair(on_probe, options, i, j) for i, j in uniform + narrow]
+    for position, point in enumerate(pairs):
+        point["sample"] = "uniform" if position < len(uniform) else "2-bit"
+    print(f"{args.model}: pairs after {time.monotonic() - started:.0f} s", flush=True)
+    plans = [measure_plan(on_probe, options, rows, "random") for rows in drawn]
+    plans += [measure_plan(on_probe, options, *found) for found in solved_plans(sensitivity)]
+    print(f"{args.model}: plans on the probe after {time.monotonic() - started:.0f} s", flush=True)
+    on_heldout = Truth(model, heldout)
+    for point in plans:
+        point["heldout"] = on_heldout(options, point["rows"])
+    precision = float32_error(model, probe, options, pairs[:PRECISION_SAMPLE])
+
+    meta = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "probe_tokens": probe.numel(),
+        "heldout_tokens": heldout.numel(),
+        "rounding_kl": sensitivity.quadratic.rounding_kl if sensitivity.quadratic else None,
+        "pair_term_error_of_float32": precision,
+        "seconds": round(time.monotonic() - started),
+        **versions,
+    }
+    table = tables(plans, pairs)
+    save(out, meta, table, plans, pairs, title=f"{Path(args.model).name}, probe of {probe.numel()} tokens")
+    print(json.dumps(meta, indent=1))
+    print(render(table))
+
+
+def candidate_weights(job: Job) -> dict[tuple[str, int], torch.Tensor]:
+    """The weights that the measuring pass tried, made once more."""
+    options, settings, weights = job.session.options(), measure_settings(job), {}
+    for block in stream_of(job, follow_original=False, dtype=_dtype(job), many=True):
+        for spec, position, packed in candidates_of(block, options, settings, warnings=[]):
+            weights[spec.name, position] = dequantized(packed, torch.float32).cpu()
+    return weights
+
+
+def draw_plan(rng: np.random.Generator, options: Options, average: float) -> list[int]:
+    """A row per linear. Widths follow a bell around a centre that makes their mean the average asked for."""
+    rows = []
+    for linear in range(len(options.sizes)):
+        own = np.flatnonzero(options.linear_of == linear)
+        bits = options.bits[own]
+
+        def chances(centre: float, bits: np.ndarray = bits) -> np.ndarray:
+            logs = -((bits - centre) ** 2) / (2 * WIDTH_SPREAD**2)
+            weights = np.exp(logs - logs.max())
+            return weights / weights.sum()
+
+        low, high = -50.0, 60.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if chances(middle) @ bits < average else (low, middle)
+        rows.append(int(rng.choice(own, p=chances(low))))
+    return rows
+
+
+def draw_pair(rng: np.random.Generator, options: Options, among: np.ndarray) -> tuple[int, int]:
+    while True:
+        first, second = rng.choice(among, 2, replace=False)
+        if options.linear_of[first] != options.linear_of[second]:
+            return int(first), int(second)
+
+
+def solved_plans(sensitivity: Sensitivity) -> list[tuple[list[int], str]]:
+    """What each method would choose: a search finds the plans whose loss the model underestimates, if there are any."""
+    found = []
+    for with_pairs in (True, False):
+        problem = build_problem(sensitivity, pins={}, fuse=False, with_pairs=with_pairs)
+        for bits in SOLVED_AT:
+            nbytes = int(bits * problem.num_weights / 8)
+            if nbytes < problem.smallest_nbytes:
+                continue
+            if with_pairs:
+                choice = solve_quadratic(problem, nbytes, target_gap=0.01, time_limit_s=20.0).choice
+            else:
+                choice = solve(problem, nbytes, time_limit_s=20.0).choice
+            rows = [row for unit, at in zip(problem.units, choice, strict=True) for row in unit.rows[at]]
+            found.append((rows, "solved quadratic" if with_pairs else "solved additive"))
+    return found
+
+
+def measure_plan(truth: Truth, options: Options, rows: list[int], kind: str) -> dict[str, Any]:
+    bits = options.average_bits(rows)
+    return {"kind": kind, "bits": bits, "rows": rows, "probe": truth(options, rows)} | options.predictions(rows)
+
+
+_alone: dict[tuple[int, int], float] = {}
+
+
+def measure_pair(truth: Truth, options: Options, i: int, j: int) -> dict[str, Any]:
+    for row in (i, j):
+        if (id(truth), row) not in _alone:
+            _alone[id(truth), row] = truth(options, [row])
+    kl_i, kl_j = _alone[id(truth), i], _alone[id(truth), j]
+    return {
+        "i": i,
+        "j": j,
+        "bits_i": int(options.bits[i]),
+        "bits_j": int(options.bits[j]),
+        "kl_i": kl_i,
+        "kl_j": kl_j,
+        "true": truth(options, [i, j]) - kl_i - kl_j,
+        "predicted": 2 * float(options.gram[i, j]),
+    }
+
+
+def float32_error(
+    model: transformers.PreTrainedModel, probe: torch.Tensor, options: Options, pairs: Sequence[Mapping[str, Any]]
+) -> float:
+    """The largest difference of a true pair term between float32 and float64, in a sample."""
+    truth = Truth(model.double(), probe)
+    return max(abs(measure_pair(truth, options, p["i"], p["j"])["true"] - p["true"]) for p in pairs)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1]) if len(first) > 2 else float("nan")
+
+
+def agreement(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Of positive figures. `exponent`: the slope of log true on log predicted, with an intercept."""
+    ratio = true / predicted
+    logs = np.log(predicted), np.log(true)
+    return {
+        "n": len(true),
+        "spearman": spearman(predicted, true),
+        "slope": float(predicted @ true / (predicted @ predicted)),
+        "exponent": float(np.polyfit(*logs, 1)[0]) if len(true) > 2 else float("nan"),
+        "median ratio": float(np.median(ratio)),
+        "least ratio": float(ratio.min()),
+        "largest ratio": float(ratio.max()),
+    }
+
+
+def tables(plans: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    column = lambda key, kind="random": np.array([p[key] for p in plans if p["kind"] == kind])  # noqa: E731
+    by_range, same_size, solved, terms = [], [], [], []
+    bits = column("bits")
+    slices = [(low, low + 0.25) for low in np.arange(2.0, 4.0, 0.25)]
+    for text in ("probe", "heldout"):
+        true = column(text)
+        for name in ("quadratic", "mixed", "additive", "diagonal"):
+            predicted = column(name)
+            by_range.append({"truth": text, "prediction": name, "range": "all"} | agreement(predicted, true))
+            for low, high in RANGES:
+                inside = (true >= low) & (true < high)
+                if inside.any():
+                    label = {"truth": text, "prediction": name, "range": f"{low:g} to {high:g}"}
+                    by_range.append(label | agreement(predicted[inside], true[inside]))
+            # What allocation needs: the order among plans of one size.
+            inner = [(bits >= low) & (bits < high) for low, high in slices]
+            figures = [(m.sum(), spearman(predicted[m], true[m])) for m in inner if m.sum() >= 8]
+            if figures:
+                weights, values = np.array(figures).T
+                mean = float(weights @ values / weights.sum())
+                same_size.append({"truth": text, "prediction": name, "within 0.25 bits": mean})
+    for point in plans:
+        if point["kind"] != "random":
+            keys = ("kind", "bits", "quadratic", "mixed", "additive", "probe", "heldout")
+            solved.append({key: point[key] for key in keys})
+    groups = {
+        "uniform": [p for p in pairs if p["sample"] == "uniform"],
+        "uniform, no 8 bits": [p for p in pairs if p["sample"] == "uniform" and max(p["bits_i"], p["bits_j"]) < 8],
+        "both 2 bits": [p for p in pairs if p["bits_i"] == p["bits_j"] == 2],
+    }
+    for name, members in groups.items():
+        if len(members) < 3:
+            continue
+        predicted, true = (np.array([p[key] for p in members]) for key in ("predicted", "true"))
+        root = np.sqrt([p["kl_i"] * p["kl_j"] for p in members])
+        inside = np.abs(predicted) >= np.median(np.abs(predicted))  # ratios of terms near zero say nothing
+        ratio = true[inside] / predicted[inside]
+        terms.append(
+            {
+                "pairs": name,
+                "n": len(members),
+                "spearman": spearman(predicted, true),
+                "pearson": float(np.corrcoef(predicted, true)[0, 1]),
+                "slope": float(predicted @ true / (predicted @ predicted)),
+                "same sign": float((np.sign(predicted) == np.sign(true)).mean()),
+                "negative": float((true < 0).mean()),
+                "larger half: median ratio": float(np.median(ratio)),
+                "least": float(ratio.min()),
+                "largest": float(ratio.max()),
+                "rms cosine": float(np.sqrt(np.mean((predicted / (2 * root)) ** 2))),
+            }
+        )
+    return {"plans": by_range, "plans of one size": same_size, "solved plans": solved, "pair terms": terms}
+
+
+def render(table: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Markdown."""
+    lines = []
+    for title, rows in table.items():
+        if not rows:
+            continue
+        lines += ["", title, "", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+        for row in rows:
+            cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def save(
+    out: Path,
+    meta: Mapping[str, Any],
+    table: Mapping[str, list[dict[str, Any]]],
+    plans: list[dict[str, Any]],
+    pairs: list[dict[str, Any]],
+    *,
+    title: str,
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"meta": meta, "tables": table}, indent=1) + "\n", encoding="utf-8")
+    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["kind", "bits", "quadratic", "mixed", "additive", "diagonal", "true_probe", "true_heldout"])
+        keys = ("kind", "bits", "quadratic", "mixed", "additive", "diagonal", "probe", "heldout")
+        for point in plans:
+            writer.writerow([point[k] if k == "kind" else f"{point[k]:.6g}" for k in keys])
+        for pair in pairs:
+            kind, bits = f"pair, {pair['sample']}", f"{pair['bits_i']}+{pair['bits_j']}"
+            writer.writerow([kind, bits, f"{pair['predicted']:.6g}", "", "", "", f"{pair['true']:.6g}", ""])
+    draw(out.with_suffix(".png"), plans, pairs, title=title)
+
+
+def draw(path: Path, plans: list[dict[str, Any]], pairs: list[dict[str, Any]], *, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    random = [p for p in plans if p["kind"] == "random"]
+    true = [p["probe"] for p in random]
+    left.loglog([p["additive"] for p in random], true, "o", ms=3, alpha=0.5, color="#bbbbbb", label="sum of single KL")
+    left.loglog([p["quadratic"] for p in random], true, "o", ms=3, alpha=0.6, color="#1f6fb4", label="x'Qx")
+    solved = [p for p in plans if p["kind"] == "solved quadratic"]
+    left.loglog(
+        [p["quadratic"] for p in solved], [p["probe"] for p in solved], "^", ms=5, color="#c1440e", label="x'Qx, solved"
+    )
+    ends = [min(true) / 1.3, max(true) * 1.3]
+    left.loglog(ends, ends, "-", lw=0.8, color="black")
+    left.set(xlabel="predicted KL", ylabel="true KL (nats per token)", title="random plans, 2 to 4 bits")
+    left.legend(frameon=False)
+    for sample, colour in (("uniform", "#1f6fb4"), ("2-bit", "#c1440e")):
+        members = [p for p in pairs if p["sample"] == sample]
+        right.plot(
+            [p["predicted"] for p in members],
+            [p["true"] for p in members],
+            "o",
+            ms=3,
+            alpha=0.6,
+            color=colour,
+            label=f"{sample} pairs",
+        )
+    ends = [min(p["predicted"] for p in pairs), max(p["predicted"] for p in pairs)]
+    right.plot(ends, ends, "-", lw=0.8, color="black")
+    threshold = float(np.quantile([abs(p["true"]) for p in pairs], 0.2))
+    right.set_xscale("symlog", linthresh=threshold)
+    right.set_yscale("symlog", linthresh=threshold)
+    right.set(xlabel="predicted 2 Q_ij", ylabel="true KL_ij - KL_i - KL_j", title="pair terms")
+    right.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def provenance() -> dict[str, Any]:
+    here = Path(__file__).parent
+    say = lambda *words: subprocess.run(words, cwd=here, capture_output=True, text=True, check=False).stdout  # noqa: E731
+    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "commit": say("git", "rev-parse", "HEAD").strip() + ("+" if say("git", "status", "--short", "-uno") else ""),
+        "llmmpq": llmmpq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{cpu[0] if cpu else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} used",
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+if __name__ == "__main__":
+    main()
