@@ -90,7 +90,7 @@ def counting_saves(patch: pytest.MonkeyPatch, *, interrupt_at: int, after: bool)
 
         return wrapped
 
-    patch.setattr(Stage, "save", interrupting(Stage.save, "save"))
+    patch.setattr(Stage, "write", interrupting(Stage.write, "save"))  # what `save` comes down to
     patch.setattr(Stage, "save_result", interrupting(Stage.save_result, "marker"))
     patch.setattr(pipeline, "write_output", interrupting(pipeline.write_output, "output"))
     return seen
