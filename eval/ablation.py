@@ -84,7 +84,7 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
                 }
             )
             plans = work / f"plans-{budget}-{method}"
-            (plan,) = pipeline.make_plans(recipe, [budget], work_dir=work / "work", out=plans)
+            (plan,) = pipeline.make_plans(recipe, [recipe.budget], work_dir=work / "work", out=plans)
             schemes = tuple(linear.scheme for linear in plan.linears.values())
             if schemes not in judged:
                 out = work / f"run-{len(judged)}"

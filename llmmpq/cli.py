@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with nullcontext() if ranks.is_first else _unheard():
             code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"], ranks)
             sys.stdout.flush()
-        ranks.leave(failed=code != 0)
+        ranks.leave(code)
         return code
     except BrokenPipeError:  # `llmmpq inspect ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more when it exits

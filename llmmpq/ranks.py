@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -143,12 +144,13 @@ class Ranks:
             return bool(self.store.add("reported", 1) == 1)
         return True  # the process that kept the store died without a word
 
-    def leave(self, *, failed: bool) -> None:
+    def leave(self, code: int) -> None:
+        """After the last word: with others at work a process that failed ends here, with its exit code."""
         if self.num == 1:
             return
         import torch.distributed as dist
 
-        if not failed:
+        if code == 0:
             dist.destroy_process_group()
             return
         with suppress(RuntimeError):
@@ -156,6 +158,11 @@ class Ranks:
             _wait_until(lambda: self.store.add("failed", 0) >= self.num, LEAVE_S)
         with suppress(ValueError):  # elsewhere than in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the others: their exit code counts too
+        # Destroying the group may wait for a process that is gone, and python's own end, with the group's threads still
+        # waiting for it, is sometimes an abort ("terminate called") in place of the exit code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 ALONE = Ranks()
