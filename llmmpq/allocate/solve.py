@@ -1,10 +1,12 @@
-"""The additive problem, solved to proven optimality: a multiple-choice knapsack as a HiGHS MILP.
+"""A problem solved by each method, and the plan that a solution stands for.
+
+The additive problem is a multiple-choice knapsack, solved to proven optimality as a HiGHS MILP:
 
     minimise  sum_uo loss_uo x_uo     subject to  sum_o x_uo = 1 for every unit,  sum_uo nbytes_uo x_uo <= budget
 
 HiGHS works in floating point with tolerances, so its answer is checked in whole bytes and polished by exact single
-and pair moves. One thread and a fixed seed: equal input gives an equal plan. The gap of the returned plan against
-HiGHS's dual bound is always reported, also when the time limit ends the search first.
+and pair moves. Equal input gives an equal plan. The gap of the returned plan against HiGHS's dual bound is always
+reported, also when the time limit ends the search first.
 """
 
 from __future__ import annotations
@@ -14,17 +16,14 @@ from dataclasses import dataclass
 from functools import reduce
 from math import gcd
 
-import highspy
 import numpy as np
 
 from llmmpq.allocate.budget import describe, too_small
+from llmmpq.allocate.milp import solve_linear
 from llmmpq.allocate.problem import Problem, Unit
 from llmmpq.allocate.quadratic import Program, solve_program
 from llmmpq.errors import InfeasibleBudgetError
 from llmmpq.records import Plan, PlannedLinear
-
-# HiGHS's optimality tolerances are absolute (1e-7): losses are scaled so that they are far below what matters.
-OBJECTIVE_SCALE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,7 @@ class Solution:
 def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solution:
     if budget_nbytes >= problem.largest_nbytes:
         return _solution(problem, [len(unit.losses) - 1 for unit in problem.units], bound=None)
-    unit_nbytes = reduce(gcd, (size for unit in problem.units for size in unit.nbytes))
-    choice, bound = _solve_milp(problem, budget_nbytes, unit_nbytes, time_limit_s)
+    choice, bound = _solve_milp(problem, budget_nbytes, time_limit_s)
     if choice is None:
         choice = [0] * len(problem.units)
     _polish(problem, choice, budget_nbytes)
@@ -158,49 +156,25 @@ def to_plan(
     )
 
 
-def _solve_milp(
-    problem: Problem, budget_nbytes: int, unit_nbytes: int, time_limit_s: float
-) -> tuple[list[int] | None, float]:
-    losses = np.concatenate([np.asarray(unit.losses) for unit in problem.units])
-    costs = np.concatenate([np.asarray(unit.nbytes) // unit_nbytes for unit in problem.units]).astype(np.float64)
-    # The largest loss that can still be chosen sets the scale: losses of 8 bits are a millionth of those of 2.
-    scale = OBJECTIVE_SCALE / max(float(losses.max()), np.finfo(np.float64).tiny)
-    sizes = [len(unit.losses) for unit in problem.units]
-    num_columns, num_units = len(losses), len(sizes)
-    unit_of = np.repeat(np.arange(num_units), sizes)
-
-    model = highspy.HighsLp()
-    model.num_col_, model.num_row_ = num_columns, num_units + 1
-    model.col_cost_ = losses * scale
-    model.col_lower_, model.col_upper_ = np.zeros(num_columns), np.ones(num_columns)
-    model.integrality_ = [highspy.HighsVarType.kInteger] * num_columns
-    model.row_lower_ = np.append(np.ones(num_units), -highspy.kHighsInf)
-    model.row_upper_ = np.append(np.ones(num_units), float(budget_nbytes // unit_nbytes))
-    model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    model.a_matrix_.start_ = np.arange(0, 2 * num_columns + 1, 2)
-    model.a_matrix_.index_ = np.column_stack([unit_of, np.full(num_columns, num_units)]).reshape(-1)
-    model.a_matrix_.value_ = np.column_stack([np.ones(num_columns), costs]).reshape(-1)
-
-    solver = highspy.Highs()
-    for option, value in {
-        "output_flag": False,
-        "threads": 1,
-        "random_seed": 0,
-        "mip_rel_gap": 0.0,
-        "mip_abs_gap": 0.0,
-        "mip_feasibility_tolerance": 1e-9,
-        "time_limit": time_limit_s,
-    }.items():
-        solver.setOptionValue(option, value)
-    solver.passModel(model)
-    solver.run()
-    info = solver.getInfo()
-    bound = info.mip_dual_bound / scale
-    values = np.asarray(solver.getSolution().col_value)
-    if len(values) != num_columns:
-        return None, bound
-    starts = np.cumsum([0, *sizes])
-    return [int(np.argmax(values[starts[i] : starts[i + 1]])) for i in range(num_units)], bound
+def _solve_milp(problem: Problem, budget_nbytes: int, time_limit_s: float) -> tuple[list[int] | None, float]:
+    units = problem.units
+    unit_nbytes = reduce(gcd, (size for unit in units for size in unit.nbytes))
+    width = max(len(unit.losses) for unit in units)
+    losses_UW = np.zeros((len(units), width))
+    costs_UW = np.zeros((len(units), width), dtype=np.int64)
+    allowed_UW = np.zeros((len(units), width), dtype=bool)
+    for i, unit in enumerate(units):
+        num_options = len(unit.losses)
+        losses_UW[i, :num_options], allowed_UW[i, :num_options] = unit.losses, True
+        costs_UW[i, :num_options] = np.asarray(unit.nbytes) // unit_nbytes
+    choice_U, bound = solve_linear(
+        objective_N=losses_UW.reshape(-1),
+        costs_KN=costs_UW.reshape(1, -1),
+        limits=(budget_nbytes // unit_nbytes,),
+        allowed_UW=allowed_UW,
+        time_limit_s=time_limit_s,
+    )
+    return (None if choice_U is None else choice_U.tolist()), bound
 
 
 def _polish(problem: Problem, choice: list[int], budget_nbytes: int) -> None:
