@@ -15,6 +15,7 @@ import csv
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,7 +26,7 @@ from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
 from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 
-UNIFORM = {
+UNIFORM: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer.algorithm": "rtn"},
     "gptq, not sequential": {"quantizer.sequential": False},
     "gptq, sequential, correction 0": {"quantizer.correction": 0.0},
@@ -63,7 +64,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(name: str, overrides: dict[str, object]) -> None:
+        def run(name: str, overrides: dict[str, Any]) -> None:
             figures = []
             for seed in range(args.seeds):
                 recipe = load_recipe(args.recipe).override({"model": args.model, "calibration.seed": seed, **overrides})
@@ -77,13 +78,14 @@ def main() -> None:
         if args.only != "average":
             for name, overrides in UNIFORM.items():
                 if fnmatchcase(name, args.variants):
-                    for bits in map(int, args.bits.split(",")):
-                        run(f"{bits} bits, {name}", {"budget.bits": bits, **overrides})
+                    for width in map(int, args.bits.split(",")):
+                        run(f"{width} bits, {name}", {"budget.bits": width, **overrides})
         if args.only != "uniform":
             for bits in AVERAGES:
                 for fuse in (False, True):
                     label = "additive, fused sets agree" if fuse else "additive"
-                    run(f"{bits:g} average, {label}", {"budget.avg_bits": bits, "allocation.fuse": fuse})
+                    additive = {"allocation.method": "additive", "allocation.fuse": fuse}
+                    run(f"{bits:g} average, {label}", {"budget.avg_bits": bits, **additive})
     if args.csv:
         with args.csv.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(rows[0]))

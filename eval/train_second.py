@@ -113,7 +113,7 @@ def main() -> None:
                 print(f"| {step} | {recent:.3f} | {loss:.3f} | {time.monotonic() - started:.0f} |", flush=True)
                 losses.clear()
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     print("\n| held-out text | tokens | demo | before | after (perplexity) |")

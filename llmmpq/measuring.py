@@ -93,7 +93,7 @@ def measure_pairs(job: Job) -> Sensitivity:
             yield spec, dequantized(packed, block.original_weights[spec.name].dtype)
 
     per_block = _options_per_block(job, options)
-    stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True)
+    stream = stream_of(job, follow_original=False, dtype=measuring_dtype(job), many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
         journal = RideJournal(stage, ride)
@@ -129,7 +129,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     if known is not None:
         return known
     settings = execute_settings(job.session)
-    dtype = _dtype(job)
+    dtype = measuring_dtype(job)
     # In another arithmetic the blocks come out a little different, and are not those of the final model.
     finished = quantize_stage(job, plan) if dtype == job.session.dtype else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
@@ -171,7 +171,7 @@ def measure_every_pair(job: Job) -> Sensitivity:
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
     settings, warnings = measure_settings(job), list[str]()
-    stream = stream_of(job, follow_original=False, dtype=_dtype(job), many=True, keep_loaded=True)
+    stream = stream_of(job, follow_original=False, dtype=measuring_dtype(job), many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
         for block in stream:
@@ -240,7 +240,7 @@ def measure_settings(job: Job) -> MeasureSettings:
     )
 
 
-def _dtype(job: Job) -> torch.dtype:
+def measuring_dtype(job: Job) -> torch.dtype:
     name = job.session.recipe.measurement.dtype
     chosen: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
     return chosen

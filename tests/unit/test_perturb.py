@@ -21,18 +21,6 @@ SETTINGS = MeasureSettings(use_gptq=True, damping=0.01, activation_order=True, c
 SCHEMES = (Scheme(bits=2, group_size=32), Scheme(bits=4, group_size=32))
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    known = {}
-
-    def folder(name: str):
-        if name not in known:
-            known[name] = tiny.save(name, tmp_path_factory.mktemp(name))
-        return known[name]
-
-    return folder
-
-
 def measure(folder, tmp_path, *, place="host", tokens_per_forward=64, base=None, dtype=torch.float32, change=None):
     """`base`: weights by name that the base has in place of the original's. Returns the result, names and weights."""
     checkpoint = Checkpoint.open(folder)

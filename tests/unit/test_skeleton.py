@@ -27,18 +27,6 @@ from tests import tiny
 SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    saved = {}
-
-    def folder(name: str):
-        if name not in saved:
-            saved[name] = tiny.save(name, tmp_path_factory.mktemp(name))
-        return saved[name]
-
-    return folder
-
-
 @pytest.fixture
 def llama(folders, tmp_path):
     """A private copy, to damage."""
