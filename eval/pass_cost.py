@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--options", type=int, default=11)
     parser.add_argument("--memory", default="8GB")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", type=Path, help="where to keep Q, or what to compare it with")
+    parser.add_argument("--save", type=Path, help="a .npy file: where to keep Q, or what to compare it with")
     args = parser.parse_args()
     schemes = [Scheme(bits=bits, group_size=size) for bits in (2, 3, 4, 8) for size in (128, 64, 32)][: args.options]
     recipe = load_recipe("demo").override(
