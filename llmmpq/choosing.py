@@ -56,7 +56,7 @@ def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
 
 def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool) -> Plan:
     allocation = job.session.recipe.allocation
-    problem = build_problem(sensitivity, pins=allocation.pins, fuse=allocation.fuse, with_pairs=with_pairs)
+    problem = build_problem(sensitivity, pins=job.session.pins(), fuse=allocation.fuse, with_pairs=with_pairs)
     check_feasible(problem, nbytes, budget)
     solution = _solve_once(job, problem, nbytes, measured=sensitivity.digest)
     return to_plan(problem, solution, method=allocation.method, budget=budget)
@@ -66,7 +66,8 @@ def _solve_once(job: Job, problem: Problem, nbytes: int, *, measured: str) -> So
     """The answer is kept: a search that the clock ended would end elsewhere the next time."""
     allocation = job.session.recipe.to_dict()["allocation"]
     inputs = {"measurement": measured, "pairs": problem.quadratic is not None, "nbytes": nbytes}
-    stage = job.work.stage("solve", inputs | {key: allocation[key] for key in ("pins", "fuse", *SEARCH_KNOBS)})
+    inputs |= {"pins": job.session.pins()} | {key: allocation[key] for key in ("fuse", *SEARCH_KNOBS)}
+    stage = job.work.stage("solve", inputs)
     known = stage.load_result()
     with suppress(TypeError, KeyError):  # none, or one that cannot be understood: solved again
         kept = Solution(**{**(known or {}), "choice": tuple((known or {})["choice"])})

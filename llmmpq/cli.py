@@ -174,6 +174,8 @@ def _read_recipe(model: str | None, name: str | None, given: Mapping[str, Any]) 
             value = [*recipe.output.keep, *value]
         elif flag == "widths":
             value = _read_numbers(value, int, flag="--widths", example="2,3,4,8")
+        elif flag == "head_bits" and value.isdecimal():
+            value = int(value)
         changes |= dict.fromkeys(RECIPE_FLAGS[flag][0], value)
     recipe = recipe.override(changes)
     if recipe.model is None:

@@ -89,6 +89,17 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
         ("allocation.widths",),
         _option(str, "--widths", panel=BITS, metavar="<2,3,4,8>", text="The widths to choose from."),
     ),
+    "head_bits": (
+        ("allocation.head_bits",),
+        _option(
+            str,
+            "--head-bits",
+            panel=BITS,
+            metavar="<auto|2|3|4|8>",
+            text="Quantize the output head too, at this width, or auto: at the one that pays. Not where the embedding "
+            "shares its weights.",
+        ),
+    ),
     "fuse": (
         ("allocation.fuse",),
         _option(bool, "--fuse/--no-fuse", panel=BITS, text="Make q/k/v agree on a width, and gate/up."),
@@ -157,7 +168,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
 # What a plan file has already decided.
 DECIDED_BY_A_PLAN = (
     *("avg_bits", "bits", "max_size", "fit_vram", "context", "sequences"),
-    *("method", "refine", "widths", "fuse", "pin", "group_size", "symmetric"),
+    *("method", "refine", "widths", "head_bits", "fuse", "pin", "group_size", "symmetric"),
 )
 
 

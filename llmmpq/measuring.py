@@ -101,7 +101,9 @@ def measure_pairs(job: Job) -> Sensitivity:
         with job.progress.task("measure", expected_forwards(per_block, extra=2), "block passes") as advance:
             advance(int(ride.num_forwards))
             for block in stream:
-                if block.index > journal.last_block:
+                if block.is_head:
+                    ride.through_head(block, candidates(block))
+                elif block.index > journal.last_block:
                     ride.through(block, candidates(block), on_forward=advance)
                     journal.save(block.index, rows, warnings=warnings)
         found = finish_ride(job, stream, ride, label="measure pairs")
@@ -151,7 +153,8 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
                 result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
                 save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
-                journal.save(block.index, rows, warnings=[])
+                if not block.is_head:
+                    journal.save(block.index, rows, warnings=[])
         found = finish_ride(job, stream, ride, label="measure pairs around the plan")
     finally:
         ride.store.close()
@@ -222,7 +225,9 @@ def measure_every_pair(job: Job) -> Sensitivity:
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:
-    return [job.session.skeleton.block_linears(index) for index in range(len(job.session.skeleton.block_names))]
+    """Without the head, whose candidates have no states to carry."""
+    skeleton = job.session.skeleton
+    return skeleton.linears_by_block[: len(skeleton.block_names)]
 
 
 def _options_per_block(job: Job, options: Options) -> list[int]:

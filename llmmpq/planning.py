@@ -33,6 +33,8 @@ def check_every_pair(session: Session) -> None:
             f"allocation.method is pairs, which does not share its work, and {session.ranks.num} processes were "
             "started: start one, or use iqp"
         )
+    if session.skeleton.head is not None:
+        raise RecipeError("allocation.method is pairs, which does not try the output head: leave out --head-bits")
     measurement, linears, options = session.recipe.measurement, session.skeleton.linears, session.options()
     sizes = pair_sizes(session)
     num_pairs, num_forwards = count_pairs(sizes), count_passes(sizes) / len(sizes)
@@ -56,17 +58,14 @@ def check_every_pair(session: Session) -> None:
 
 def pair_sizes(session: Session) -> list[list[int]]:
     """For each block, how many options each of its linears has."""
-    options, skeleton = session.options(), session.skeleton
-    return [
-        [len(options[spec.name]) for spec in skeleton.block_linears(index)]
-        for index in range(len(skeleton.block_names))
-    ]
+    options = session.options()
+    return [[len(options[spec.name]) for spec in specs] for specs in session.skeleton.linears_by_block]
 
 
 def unmeasured_problem(session: Session) -> Problem:
     """The problem with losses that only fall with the width: enough for sizes, feasibility and uniform plans."""
     options = session.options()
-    budget, pins = session.recipe.budget, session.recipe.allocation.pins
+    budget, pins = session.recipe.budget, session.pins()
     if budget.bits is not None:
         pins = {"*": budget.bits} | dict(pins)
         options = {

@@ -28,7 +28,6 @@ from llmmpq.errors import CheckpointError, InfeasibleBudgetError, RecipeError
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
-from llmmpq.records import LinearSpec
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
@@ -189,13 +188,9 @@ def _existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _block_specs(session: Session) -> list[list[LinearSpec]]:
-    return [session.skeleton.block_linears(index) for index in range(len(session.skeleton.block_names))]
-
-
 def _work_nbytes(session: Session) -> int:
     recipe = session.recipe
-    weights = max(sum(spec.num_weights for spec in specs) for specs in _block_specs(session))
+    weights = max(sum(spec.num_weights for spec in specs) for specs in session.skeleton.linears_by_block)
     widest = session.skeleton.widest_in_features
     largest = max(spec.num_weights for spec in session.skeleton.linears)
     itemsize = session.dtype.itemsize
@@ -222,7 +217,7 @@ def _estimate_seconds(session: Session) -> float | None:
     recipe = session.recipe
     tokens = recipe.calibration.tokens
     total = 0.0
-    for specs in _block_specs(session):
+    for specs in session.skeleton.linears_by_block:
         weights = sum(spec.num_weights for spec in specs)
         passes = 6 if recipe.quantizer.correction > 0 else 4
         total += passes * tokens * weights
@@ -253,7 +248,7 @@ def _measuring_multiplications(session: Session) -> float:
         return 0.0
     skeleton, recipe = session.skeleton, session.recipe
     probe, num_options = recipe.measurement.tokens, len(recipe.allocation.widths)
-    blocks = _block_specs(session)
+    blocks = session.skeleton.linears_by_block
     if recipe.allocation.method == "local":
         return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
     config = skeleton.model.config.get_text_config()
@@ -275,10 +270,12 @@ def _waiting_nbytes(session: Session) -> int:
     recipe = session.recipe
     if not _is_measured(session) or recipe.allocation.method in ("local", "pairs"):
         return 0
-    num_candidates = len(recipe.allocation.widths) * len(session.skeleton.linears)
+    head, options = session.skeleton.head, session.options()
+    num_candidates = len(recipe.allocation.widths) * (len(session.skeleton.linears) - (head is not None))
     hidden = session.skeleton.model.config.get_text_config().hidden_size
     itemsize = 2 if recipe.measurement.dtype in ("bfloat16", "float16") else 4
-    return num_candidates * recipe.measurement.tokens * hidden * itemsize
+    heads = 0 if head is None else (1 + len(options[head.name])) * head.num_weights
+    return (num_candidates * recipe.measurement.tokens * hidden + heads) * itemsize
 
 
 def _multiplications_per_second(device: torch.device) -> float:

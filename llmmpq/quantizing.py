@@ -108,7 +108,10 @@ def ride_through(
     joining = [(spec, scheme) for spec in block.linears for scheme in result.others.get(spec.name, {})]
     dtype = block.linear(block.linears[0]).weight.dtype
     weights = ((spec, dequantized(result.others[spec.name][scheme], dtype)) for spec, scheme in joining)
-    ride.through(block, weights, on_forward=on_forward)
+    if block.is_head:
+        ride.through_head(block, weights)
+    else:
+        ride.through(block, weights, on_forward=on_forward)
     if not settings.sequential:
         for spec in block.linears:
             block.linear(spec).weight.data = block.original_weights[spec.name]

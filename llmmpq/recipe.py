@@ -140,6 +140,7 @@ class Allocation(_Checked):
     refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 1  # measured again around the plan
     target_gap: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.001
     widths: Widths = (2, 3, 4, 8)
+    head_bits: Literal["auto", 2, 3, 4, 8] | None = None  # of an untied output head; auto: chosen; null: 16 bits
     fuse: bool = False  # q/k/v and gate/up agree
     pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # pattern, see patterns.py -> width
     time_limit_s: Annotated[float, Rule("above 0", lambda number: number > 0)] = 60.0

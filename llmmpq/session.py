@@ -37,8 +37,8 @@ class Session:
 
     def options(self) -> dict[str, tuple[Scheme, ...]]:
         """The schemes each linear may take, in rising order of bits; pins may add a width to a linear."""
-        allocation = self.recipe.allocation
-        pinned = match_pins(self.skeleton.linears, allocation.pins)
+        allocation, head = self.recipe.allocation, self.skeleton.head
+        pinned = match_pins(self.skeleton.linears, self.pins())
 
         def unit(spec: LinearSpec) -> str:
             return spec.fused_set if allocation.fuse else spec.name
@@ -47,10 +47,20 @@ class Session:
         for spec in self.skeleton.linears:
             if spec.name in pinned:
                 added.setdefault(unit(spec), set()).add(pinned[spec.name])
-        return {
+        options = {
             spec.name: tuple(self.scheme(bits) for bits in sorted({*allocation.widths, *added.get(unit(spec), ())}))
             for spec in self.skeleton.linears
         }
+        if head is not None and head.name in pinned:  # the largest of all: no width is tried that cannot be taken
+            options[head.name] = (self.scheme(pinned[head.name]),)
+        return options
+
+    def pins(self) -> dict[str, int]:
+        """The recipe's, and the head's width where it is fixed."""
+        allocation, head = self.recipe.allocation, self.skeleton.head
+        if head is None or not isinstance(allocation.head_bits, int):
+            return dict(allocation.pins)
+        return {**allocation.pins, head.name: allocation.head_bits}
 
     def scheme(self, bits: int) -> Scheme:
         quantizer = self.recipe.quantizer
@@ -121,7 +131,8 @@ def open_session(recipe: Recipe, *, ranks: Ranks = ALONE) -> Session:
         torch.set_num_threads(recipe.run.threads)
     folder = resolve_model(recipe.model, revision=recipe.revision)
     checkpoint = Checkpoint.open(folder)
-    skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep)
+    with_head = recipe.allocation.head_bits is not None
+    skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep, with_head=with_head)
     device = pick_device(recipe.run.device, ranks=ranks)
     dtype = _pick_dtype(recipe.run.dtype, device, skeleton)
     # With several processes each has a device of its own: none of them is the run's.

@@ -27,6 +27,7 @@ instead of u was rejected: it costs vocabulary x hidden^2 per token, more than t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,7 @@ class Ride:
         self.tokens_per_forward = tokens_per_forward
         self.num_rows = 0
         self.num_forwards = 0.0
+        self._heads: _Heads | None = None
         self._base = list(entering)
         self._original = None if base_is_original else list(entering)
         self._rounded = list(entering) if with_rounding else None
@@ -120,6 +122,16 @@ class Ride:
                 self._rounded = [block.run_rounded(state, torch.bfloat16) for state in self._rounded]
             self._count(1, on_forward)
 
+    def through_head(self, block: Block, candidates: Iterable[tuple[LinearSpec, torch.Tensor]]) -> None:
+        """The output head's own candidates join; they have no states, their weights wait for the end."""
+        (spec,) = block.linears
+        self._heads = _Heads(
+            name=spec.name,
+            base=block.linear(spec).weight.data,
+            original=block.original_weights[spec.name],
+            candidates=[weight for _, weight in candidates],
+        )
+
     @property
     def num_windows(self) -> int:
         return len(self._base)
@@ -159,26 +171,61 @@ class Ride:
     @torch.no_grad()
     def perturbations(self, around: Around, *, on_tokens: Callable[[int], None], ranks: Ranks = ALONE) -> Perturbations:
         """Norm, head and products, one chunk of tokens at a time; summed over processes, each with its windows."""
-        total = _Sums(self.num_rows)
+        heads = self._heads
+        num_rows = self.num_rows + (0 if heads is None else len(heads.candidates))
+        total = _Sums(num_rows)
+        if heads is not None:
+            around.logits(self._base[0][:, :1])  # reads the head, whose weights change places from here on
+            heads.put(around, heads.base)
         for window, base in enumerate(self._base):
             num_tokens = base.shape[1]
-            step = max(1, CHUNK_NUM_LOGITS // ((self.num_rows + 2) * _vocabulary(around)))
+            step = max(1, CHUNK_NUM_LOGITS // ((num_rows + 2) * _vocabulary(around)))
             for start in range(0, num_tokens, step):
                 tokens = slice(start, min(start + step, num_tokens))
                 base_TV = around.logits(base[:, tokens])[0].float()
                 original_TV = base_TV
                 if self._original is not None:
-                    original_TV = around.logits(self._original[window][:, tokens])[0].float()
+                    with nullcontext() if heads is None else heads.with_original(around):
+                        original_TV = around.logits(self._original[window][:, tokens])[0].float()
                 rounded_TV = None
                 if self._rounded is not None:
                     rounded_TV = around.logits(self._rounded[window][:, tokens].to(base.dtype))[0].float()
                 logits_CTV = base_TV.new_empty((0, *base_TV.shape))
                 if self.num_rows:
                     logits_CTV = around.logits(self.store.read(window, slice(0, self.num_rows), tokens)).float()
+                if heads is not None:
+                    logits_CTV = torch.cat([logits_CTV, *heads.logits(around, base[:, tokens])])
                 total.add(logits_CTV, base_TV, original_TV, rounded_TV)
                 on_tokens(tokens.stop - start)
         total.sum_over(ranks)
         return total.result(self.num_forwards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heads:
+    """The output head's weights: the base's, the original's, and those of its candidates."""
+
+    name: str
+    base: torch.Tensor
+    original: torch.Tensor
+    candidates: list[torch.Tensor]
+
+    def put(self, around: Around, weight: torch.Tensor) -> None:
+        around.skeleton.model.get_submodule(self.name).weight.data = weight
+
+    @contextmanager
+    def with_original(self, around: Around) -> Iterator[None]:
+        self.put(around, self.original)
+        try:
+            yield
+        finally:
+            self.put(around, self.base)
+
+    def logits(self, around: Around, states_BTD: torch.Tensor) -> Iterator[torch.Tensor]:
+        for weight in self.candidates:
+            self.put(around, weight)
+            yield around.logits(states_BTD).float()
+        self.put(around, self.base)
 
 
 class _Sums:

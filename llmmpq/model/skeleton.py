@@ -2,13 +2,14 @@
 
 Everything is found by structure, never by the name of a model family: the decoder blocks are the ModuleList that
 holds most of the linear weights; the quantizable linears are the `nn.Linear` modules inside them. What cannot be
-quantized is either an error that names the layer (kinds we may not skip) or listed with the reason it is kept.
+quantized is either an error that names the layer (kinds we may not skip) or listed with the reason it is kept. The
+output head joins them on demand, as one block after the last.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,16 @@ class Skeleton:
     def block_linears(self, index: int) -> list[LinearSpec]:
         return [spec for spec in self.linears if spec.block == index]
 
+    @property
+    def head(self) -> LinearSpec | None:
+        """The output head, where it is to be quantized."""
+        return next((spec for spec in self.linears if spec.block == len(self.block_names)), None)
+
+    @property
+    def linears_by_block(self) -> list[list[LinearSpec]]:
+        """Those of each block in turn; at the end the head by itself, where it is to be quantized."""
+        return [self.block_linears(index) for index in range(len(self.block_names) + (self.head is not None))]
+
     def block_tensors(self, index: int) -> list[str]:
         """State-dict names of the stored tensors of one block."""
         prefix = self.block_names[index] + "."
@@ -73,12 +84,15 @@ class Skeleton:
         return max(spec.shape[1] for spec in self.linears)
 
 
-def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] = ()) -> Skeleton:
+def build_skeleton(
+    folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] = (), with_head: bool = False
+) -> Skeleton:
     model = _meta_model(folder)
     block_names = _find_blocks(model)
     stored_names, ignored = _match_names(model, checkpoint)
     _refuse_unsupported(model, block_names)
-    linears, kept = _inventory(model, block_names, checkpoint, stored_names, keep)
+    head = _untied_head(model) if with_head else None
+    linears, kept = _inventory(model, block_names, checkpoint, stored_names, keep, head)
     if not linears:
         raise UnsupportedModelError(f"nothing is left to quantize: every linear matches --keep {list(keep)}")
     return Skeleton(
@@ -94,7 +108,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] 
 def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int, tuple[int, int]]]:
     """Block and shape of the named linears of a quantized model, in the order of the model, from config.json alone.
 
-    A linear outside the blocks, which only others pack, counts as one block after the last.
+    The output head, and any other linear outside the blocks, counts as one block after the last.
     """
     model = _meta_model(folder, quantized=True)
     block_names = _find_blocks(model)
@@ -234,12 +248,29 @@ def _refuse_unsupported(model: PreTrainedModel, block_names: Iterable[str]) -> N
                     )
 
 
+def _untied_head(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise UnsupportedModelError(
+            f"the output head of {type(model).__name__} is {type(head).__name__}, not nn.Linear: leave out --head-bits"
+        )
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    if f"{name}.weight" in {*tied, *tied.values()}:
+        raise UnsupportedModelError(
+            f"{name} shares its weights with the embedding, which is read row by row and stays at 16 bits: leave out "
+            "--head-bits"
+        )
+    return name
+
+
 def _inventory(
     model: PreTrainedModel,
     block_names: Sequence[str],
     checkpoint: Checkpoint,
     stored_names: dict[str, str],
     keep: Sequence[str],
+    head: str | None,
 ) -> tuple[tuple[LinearSpec, ...], tuple[KeptTensor, ...]]:
     linears: list[LinearSpec] = []
     kept_by_pattern: set[str] = set()
@@ -254,17 +285,9 @@ def _inventory(
                 matched |= matching
                 kept_by_pattern.add(f"{full_name}.weight")
                 continue
-            parent, _, role = full_name.rpartition(".")
-            linears.append(
-                LinearSpec(
-                    name=full_name,
-                    shape=(module.out_features, module.in_features),
-                    dtype=checkpoint.entries[stored_names[f"{full_name}.weight"]].dtype,
-                    block=index,
-                    role=role,
-                    fused_set=_fused_set(parent, role),
-                )
-            )
+            linears.append(_spec(model, full_name, checkpoint, stored_names, block=index))
+    if head is not None:
+        linears.append(_spec(model, head, checkpoint, stored_names, block=len(block_names)))
     unmatched = [pattern for pattern in keep if pattern not in matched]
     if unmatched:
         example = linears[0].name if linears else block_names[0]
@@ -277,6 +300,22 @@ def _inventory(
             reason = _reason_kept(name, entry.shape, block_names, by_pattern=name in kept_by_pattern)
             kept.append(KeptTensor(name=name, shape=entry.shape, nbytes=entry.nbytes, reason=reason))
     return tuple(linears), tuple(kept)
+
+
+def _spec(
+    model: PreTrainedModel, name: str, checkpoint: Checkpoint, stored_names: Mapping[str, str], *, block: int
+) -> LinearSpec:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    parent, _, role = name.rpartition(".")
+    return LinearSpec(
+        name=name,
+        shape=(module.out_features, module.in_features),
+        dtype=checkpoint.entries[stored_names[f"{name}.weight"]].dtype,
+        block=block,
+        role=role,
+        fused_set=_fused_set(parent, role),
+    )
 
 
 def _fused_set(parent: str, role: str) -> str:

@@ -6,6 +6,8 @@ passes them. After that the states travel block by block. Memory: one block's we
 
     for block in BlockStream(...):            # block.run() uses the weights as they are now
         ...                                    # leaving the loop body runs the block once more for the next one
+
+Where the output head is to be quantized it comes as a last block, whose outputs are logits.
 """
 
 from __future__ import annotations
@@ -47,8 +49,10 @@ class Block:
     original_states: list[torch.Tensor] | None
     original_weights: dict[str, torch.Tensor]
     device: torch.device
-    call: _Caller = field(repr=False)
+    call: Callable[..., torch.Tensor] = field(repr=False)
+    broadcasts: bool = False  # one call does for any number of sequences
     ranks: Ranks = ALONE  # with whom the windows are shared
+    is_head: bool = False  # final norm and output head: its outputs are logits, and no states leave it
 
     def linear(self, spec: LinearSpec) -> nn.Linear:
         found = self.module.get_submodule(spec.name.removeprefix(self.name + "."))
@@ -65,7 +69,7 @@ class Block:
     def run_many(self, states: torch.Tensor) -> torch.Tensor:
         """One forward for any number of sequences, where the block's arguments allow it; else one by one."""
         states = states.to(self.device)
-        if self.call.broadcasts:
+        if self.broadcasts:
             return self.call(states)
         return torch.cat([self.call(state[None]) for state in states])
 
@@ -241,12 +245,13 @@ class BlockStream:
                 original_weights={},
                 device=self.device,
                 call=_Caller(module, arguments[index], name, broadcasts=broadcasts),
+                broadcasts=broadcasts,
                 ranks=self.ranks,
             )
             block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
             try:
                 yield block
-                if index + 1 < len(skeleton.block_names):
+                if index + 1 < len(skeleton.block_names) or skeleton.head is not None:
                     self._advance(block, states)
                     if original_states is not None:
                         with block.with_original_weights():
@@ -256,6 +261,33 @@ class BlockStream:
                 if not self.keep_loaded:
                     self._free(index)
                     _give_back_freed_memory()
+        if skeleton.head is not None:
+            yield from self._head(skeleton.head, states, original_states)
+
+    def _head(
+        self, head: LinearSpec, states: list[torch.Tensor], original_states: list[torch.Tensor] | None
+    ) -> Iterator[Block]:
+        with self.around() as around, torch.no_grad():
+            around.embed(self.windows[:1].to(self.device))
+            around.logits(states[0][:1, :1].to(self.device))  # reads the weights of norm and head
+            block = Block(
+                index=head.block,
+                name="",
+                module=self.skeleton.model,
+                linears=[head],
+                states=states,
+                original_states=original_states,
+                original_weights={},
+                device=self.device,
+                call=around.logits,
+                broadcasts=True,
+                ranks=self.ranks,
+                is_head=True,
+            )
+            block.original_weights[head.name] = block.linear(head).weight.data
+            yield block
+            block.original_weights.clear()
+        _give_back_freed_memory()
 
     def release(self) -> None:
         """Give up what `keep_loaded` kept."""

@@ -21,10 +21,10 @@ SETTINGS = MeasureSettings(use_gptq=True, damping=0.01, activation_order=True, c
 SCHEMES = (Scheme(bits=2, group_size=32), Scheme(bits=4, group_size=32))
 
 
-def measure(folder, tmp_path, *, place="host", tokens_per_forward=64, base=None, dtype=torch.float32, change=None):
+def measure(folder, tmp_path, *, place="host", tokens_per_forward=64, base=None, dtype=torch.float32, change=None, head=False):
     """`base`: weights by name that the base has in place of the original's. Returns the result, names and weights."""
     checkpoint = Checkpoint.open(folder)
-    skeleton = build_skeleton(folder, checkpoint)
+    skeleton = build_skeleton(folder, checkpoint, with_head=head)
     options = {spec.name: SCHEMES for spec in skeleton.linears}
     stream = BlockStream(skeleton, checkpoint, CALIBRATION, device=CPU, dtype=dtype, many=True)
     with stream.around() as around, torch.no_grad():
@@ -56,7 +56,10 @@ def measure(folder, tmp_path, *, place="host", tokens_per_forward=64, base=None,
         if base is not None:
             for spec in block.linears:
                 block.linear(spec).weight.data = base[spec.name]
-        ride.through(block, made, on_forward=lambda num: None)
+        if block.is_head:
+            ride.through_head(block, made)
+        else:
+            ride.through(block, made, on_forward=lambda num: None)
         if base is not None:
             for spec in block.linears:
                 block.linear(spec).weight.data = block.original_weights[spec.name]
@@ -134,6 +137,22 @@ def test_around_a_base_the_program_gains_a_constant_and_a_linear_term(folders, t
     predicted = found.constant + found.linear_C @ x + x @ found.gram_CC @ x
     together, _ = plain_way(folder, [], [], base | {names[1]: weights[1], names[5]: weights[5]})
     assert predicted == pytest.approx(together[0, 0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("around", [False, True])
+def test_the_head_is_one_more_linear(folders, tmp_path, name, around):
+    _, names, weights, _ = measure(folders(name), tmp_path, head=True)
+    base = dict(zip(names[::2], weights[::2], strict=True)) if around else None
+    found, names, weights, skeleton = measure(folders(name), tmp_path, head=True, base=base)
+    assert names[-1] == names[-2] == skeleton.head.name in ("lm_head", "embed_out")
+    gram, kl = plain_way(folders(name), names, weights, base)
+    size = np.sqrt(np.outer(np.diag(gram), np.diag(gram)))[1:, 1:]
+    assert (np.abs(found.gram_CC - gram[1:, 1:]) <= 2e-4 * size + 1e-9).all()
+    assert found.linear_C == pytest.approx(2 * gram[0, 1:], rel=1e-3, abs=1e-6 * gram[0, 0] + 1e-12)
+    assert found.kl_C == pytest.approx(kl[1:], rel=2e-3)
+    assert found.base_kl == pytest.approx(kl[0], rel=1e-3)
+    assert (found.base_kl > 0) == around
 
 
 @pytest.mark.parametrize(("place", "tokens_per_forward"), [("disk", 64), ("device", 1), ("host", 10_000)])
