@@ -60,7 +60,7 @@ def test_the_head_at_a_width_of_its_own(tmp_path: Path, calibration_file: Path) 
 @pytest.mark.parametrize("name", TIED)
 def test_a_head_that_is_the_embedding_is_refused(name: str, tmp_path: Path, calibration_file: Path) -> None:
     source = tiny.save(name, tmp_path / "source", dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedModelError, match="lm_head shares its weights with the embedding.*--head-bits"):
+    with pytest.raises(UnsupportedModelError, match=r"lm_head shares its weights with the embedding.*--head-bits"):
         quantize_model(tiny_recipe(source, calibration_file, allocation__head_bits=4), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -21,7 +21,9 @@ SETTINGS = MeasureSettings(use_gptq=True, damping=0.01, activation_order=True, c
 SCHEMES = (Scheme(bits=2, group_size=32), Scheme(bits=4, group_size=32))
 
 
-def measure(folder, tmp_path, *, place="host", tokens_per_forward=64, base=None, dtype=torch.float32, change=None, head=False):
+def measure(
+    folder, tmp_path, *, place="host", tokens_per_forward=64, base=None, dtype=torch.float32, change=None, head=False
+):
     """`base`: weights by name that the base has in place of the original's. Returns the result, names and weights."""
     checkpoint = Checkpoint.open(folder)
     skeleton = build_skeleton(folder, checkpoint, with_head=head)
