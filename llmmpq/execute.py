@@ -73,7 +73,6 @@ def quantize_block(
         # The widest moments decide the peak of memory: the cross moment is gone before the factor is made.
         targets = {} if cross_KK is None else _targets(group, originals, cross_KK)
         del cross_KK
-        moment.cross_sum_KK = None
         trace = float(importance_K.double().sum())
         factor = (
             factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)

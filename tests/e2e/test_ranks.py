@@ -1,7 +1,7 @@
 """Two processes share one run: the same plan and the same codes as one, files written once, errors said once.
 
-With one calibration window for each process a sum of moments is a single addition, which rounds as it does in one
-process: candidates are then equal bit for bit, and what remains is the order in which Q is summed.
+Sums of moments are exact enough that their order leaves no trace: candidates are equal bit for bit, and what remains is
+the order in which Q is summed.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests import tiny
 from tests.e2e.running import COMMAND, GROUP_SIZE, digests, leftovers, raw_tensors, read_plan, run_here
 
 WINDOW = 48
-PROBE_WINDOWS = 3  # of which one process gets two
+NUM_WINDOWS, PROBE_WINDOWS = 9, 3  # one process gets one more
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(tmp_path: Path, calibration_file: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"calibration: {{source: {calibration_file}, tokens: {2 * WINDOW}, window: {WINDOW}}}\n"
+        f"calibration: {{source: {calibration_file}, tokens: {NUM_WINDOWS * WINDOW}, window: {WINDOW}}}\n"
         f"measurement: {{tokens: {PROBE_WINDOWS * WINDOW}}}\n"
         f"quantizer: {{group_size: {GROUP_SIZE}}}\n"
         "allocation: {widths: [2, 4]}\n"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmmpq.errors import CalibrationError
+from llmmpq.measure import moments
 from llmmpq.measure.moments import Moment
 
 CPU = torch.device("cpu")
@@ -42,6 +43,29 @@ def test_the_cross_moment_is_that_of_the_change_with_the_input():
     torch.testing.assert_close(mean, direct(inputs))
     torch.testing.assert_close(cross, direct(inputs, originals - inputs))
     assert not torch.allclose(cross, cross.t(), atol=1e-3)  # so that a transposed one would show
+
+
+@pytest.mark.parametrize("band", [1, 3, 5, 6])
+def test_bands_that_do_not_divide_the_features(monkeypatch, band):
+    monkeypatch.setattr(moments, "BAND", band)
+    inputs, originals = randn(9, 5), randn(9, 5, seed=1)
+    moment = Moment(5, device=CPU, with_cross=True)
+    moment.add(inputs, originals)
+    mean, cross = moment.means("here")
+    torch.testing.assert_close(mean, direct(inputs))
+    torch.testing.assert_close(cross, direct(inputs, originals - inputs))
+
+
+def test_the_order_of_the_batches_leaves_no_trace():
+    inputs, originals = randn(40, 30, 64), randn(40, 30, 64, seed=1)
+    found = []
+    for order in (range(40), reversed(range(40)), [*range(0, 40, 3), *range(1, 40, 3), *range(2, 40, 3)]):
+        moment = Moment(64, device=CPU, with_cross=True)
+        for position in order:
+            moment.add(inputs[position], originals[position])
+        found.append(torch.cat(moment.means("here")))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -105,4 +129,4 @@ def test_adding_does_not_change_or_hold_the_inputs():
     moment = Moment(4, device=CPU, with_cross=True)
     moment.add(inputs, inputs + 1)
     assert torch.equal(inputs, before)
-    assert not moment.sum_KK.requires_grad
+    assert not any(band.requires_grad for band in moment.bands)
