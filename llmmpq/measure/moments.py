@@ -21,7 +21,6 @@ import torch
 from llmmpq.errors import CalibrationError
 from llmmpq.ranks import ALONE, Ranks
 
-
 BAND = 512  # rows of a sum that are formed at a time
 
 
