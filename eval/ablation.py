@@ -16,7 +16,6 @@ import argparse
 import csv
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import transformers
 from quantizer_table import Judge
@@ -26,7 +25,7 @@ from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
 from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS = {
     "uniform": {"allocation.method": "uniform"},
     "local": {"allocation.method": "local"},
     "additive": {"allocation.method": "additive"},
@@ -48,6 +47,7 @@ def main() -> None:
     parser.add_argument("--probe-tokens", type=int, default=2048)
     parser.add_argument("--text", help="a text file; without it the packaged held-out text")
     parser.add_argument("--max-windows", type=int, default=48, help="of 512 tokens, to judge on")
+    parser.add_argument("--not-sequential", action="store_true", help="quantize as measured: no error correction")
     parser.add_argument("--csv", type=Path, default=Path("ablation.csv"))
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -81,6 +81,7 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
                     "calibration.seed": seed,
                     "measurement.tokens": args.probe_tokens,
                     "quantizer.group_size": args.group_size,
+                    "quantizer.sequential": not args.not_sequential,
                     **METHODS[method],
                 }
             )
