@@ -2,7 +2,7 @@
 
 One commit publishes everything, after the last shard is stored: a reader never sees half a model. Until then shards
 lie in the repository's storage, where the Hub finds them by their digest, so that an interrupted push sends none of
-them twice. What the branch already holds is compared by digest and not even read.
+them twice. What the branch already holds is compared by digest and not sent.
 
 A repository is written to when it is new or empty, or holds this very model. Anything else there is somebody's work and
 is only replaced when `overwrite` says so.
@@ -83,6 +83,10 @@ def look(api: HfApi, destination: Destination) -> Branch:
         raise HubError(f"{destination.repo!r} is no repository; allowed: USER/NAME, such as {who.get('name')}/model")
     if (who.get("auth", {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(f"the token of {who.get('name')} may only read: {SIGN_IN}")
+    return _state(api, destination)
+
+
+def _state(api: HfApi, destination: Destination) -> Branch:
     try:
         info = api.model_info(destination.repo)
     except RepositoryNotFoundError:
@@ -134,16 +138,16 @@ def is_there(file: RepoFile | None, path: Path) -> bool:
     return hasher.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id)
 
 
-def make(api: HfApi, destination: Destination, branch: Branch) -> str | None:
-    """The repository and the branch, where they are missing. Returns the commit that the push builds upon."""
+def make(api: HfApi, destination: Destination, branch: Branch) -> Branch:
+    """The repository and the branch, where they are missing. Returns what the push builds upon."""
     if branch.commit is not None:
-        return branch.commit
+        return branch
     if branch.is_missing_repo:
         # None is the default of the user's organisation, False would ask for public.
         api.create_repo(destination.repo, private=destination.private or None, exist_ok=True)
     if destination.revision is not None:
         api.create_branch(destination.repo, branch=destination.branch, exist_ok=True)
-    return api.model_info(destination.repo, revision=destination.branch).sha
+    return _state(api, destination)
 
 
 def upload(
@@ -152,7 +156,6 @@ def upload(
     branch: Branch,
     files: list[Path],
     *,
-    parent: str | None,
     message: str,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def upload(
         "uploaded_nbytes": missing_nbytes,
         "unchanged": [path.name for path in files if path not in missing],
         "deleted": deleted,
-        "commit": parent,
+        "commit": branch.commit,
     }
     if not missing and not deleted:
         return outcome
@@ -182,7 +185,7 @@ def upload(
             operations=[*additions, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in deleted)],
             commit_message=message,
             revision=destination.branch,
-            parent_commit=parent,
+            parent_commit=branch.commit,
         )
         advance(sum(path.stat().st_size for path in missing if path.suffix != SHARDS))
     return outcome | {"commit": done.oid}

@@ -42,7 +42,7 @@ def push_folder(
         origin, notes = find_origin(found["provenance"], base_model=base_model, api=api)
         notes += _write_card(folder, found, results, name=destination.repo, origin=origin)
         notes += _private_names(found["provenance"])
-        commit = make(api, destination, branch)
+        branch = make(api, destination, branch)
         files = _published(folder)
         kept, more = _edited_there(api, destination, branch, folder)
         with no_bars():
@@ -51,7 +51,6 @@ def push_folder(
                 destination,
                 branch,
                 [path for path in files if path.name not in kept],
-                parent=commit,
                 message=message or f"{found['bits_per_weight']:.3f} bits per weight, by llmmpq",
                 progress=progress,
             )
