@@ -69,6 +69,7 @@ def _numbers(widths: frozenset[int]) -> str:
 def draw(path: Path, shown: BitMap, *, title: str) -> bool:
     """Whether the picture was drawn: not without matplotlib."""
     try:
+        from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         return False
@@ -77,7 +78,7 @@ def draw(path: Path, shown: BitMap, *, title: str) -> bool:
     num_rows, num_columns = len(values), len(shown.roles)
     figure = Figure(figsize=(max(4.0, 1.5 + 0.7 * num_columns), min(30.0, 1.4 + 0.26 * num_rows)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="cividis", vmin=1, vmax=8, aspect="auto")  # cividis: the same to all eyes
+    image = axes.imshow(values, cmap="cividis", norm=LogNorm(2, 8), aspect="auto")  # cividis: the same to all eyes
     axes.set_xticks(range(num_columns), short_names(shown.roles))
     axes.xaxis.tick_top()
     step = max(1, round(num_rows / 40))

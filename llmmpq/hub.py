@@ -216,7 +216,9 @@ def explained(api: HfApi, destination: Destination) -> Iterator[None]:
         ) from None
     except HFValidationError as error:
         raise HubError(f"{destination.repo!r} is no name for a repository: {error}. Allowed: USER/NAME") from None
-    except (HTTPError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # of this machine
+            raise
         raise _explain(error, api, destination) from error
 
 
@@ -226,10 +228,14 @@ def _explain(error: Exception, api: HfApi, destination: Destination) -> HubError
         error = error.__cause__
     continues = "The same command again continues where this one ended."
     if not isinstance(error, HfHubHTTPError):
-        what = (
-            f"cannot reach {api.endpoint}" if isinstance(error, HTTPError) else f"pushing to {destination.repo} failed"
-        )
-        return HubError(f"{what}: {str(error) or type(error).__name__}. Check the network. {continues}")
+        says = str(error) or type(error).__name__
+        if (
+            "xet-write-token" in says
+        ):  # a mirror, or a Hub of one's own: the client does not try the older way by itself
+            return HubError(f"{api.endpoint} does not take uploads by Xet ({says}): set HF_HUB_DISABLE_XET=1")
+        unreachable = isinstance(error, HTTPError)
+        what = f"cannot reach {api.endpoint}" if unreachable else f"pushing to {destination.repo} failed"
+        return HubError(f"{what}: {says}. Check the network. {continues}")
     status = error.response.status_code
     says = error.server_message or error.response.reason_phrase
     if status == 401:

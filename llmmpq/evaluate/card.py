@@ -59,8 +59,8 @@ def write_card(
     )
     sections = [
         f"# {name}",
-        f"{_link(origin)}, quantized with llmmpq to **{found['bits_per_weight']:.3f} true bits per weight** on average:"
-        " every matrix has the width it deserves.",
+        f"Quantized with llmmpq from {_link(origin)} to **{found['bits_per_weight']:.3f} true bits per weight** on"
+        " average, each matrix with bits of its own.",
         "\n".join(_summary(found, origin)),
         "## Quality",
         *_quality(found, results),
@@ -69,7 +69,7 @@ def write_card(
         "## Loading",
         _loading(name),
         "## How it was made",
-        _command(found, origin),
+        _command(found, origin.hub_id),
         *_remarks(found),
         "## Digests",
         _digests(digests),
@@ -106,8 +106,16 @@ def _summary(found: Mapping[str, Any], origin: Origin) -> Iterator[str]:
     ratio = "" if before is None else f", {before / after:.2f} times smaller"
     yield f"| Size | {smaller}{_size(after)}{ratio} |"
     yield f"| of which | {_size(found['quantized_nbytes'])} quantized, {_size(found['kept_nbytes'])} kept unquantized |"
+    yield f"| Bits chosen by | {_choice(found)} |"
     yield f"| Groups | {groups} inputs share a scale, {kinds} |"
     yield f"| Format | llmmpq, layout version {found['layout_version']} |"
+
+
+def _choice(found: Mapping[str, Any]) -> str:
+    if found["method"] == METHOD_OF_GIVEN_PLAN:
+        return "a plan that a person gave"
+    gap = _number(found["optimality_gap"])
+    return found["method"] + ("" if gap is None else f", at most {100 * gap:.2g} % from the best for this budget")
 
 
 def _licence(origin: Origin) -> str:
@@ -196,9 +204,10 @@ def _loading(name: str) -> str:
     )
 
 
-def _command(found: Mapping[str, Any], origin: Origin) -> str:
+def _command(found: Mapping[str, Any], hub_id: str | None) -> str:
     revision = found["provenance"].get("revision")
-    command = f"llmmpq quantize {origin.hub_id or Path(origin.name).name} --recipe recipe.yaml"
+    model = hub_id or _without_folders(str(found["provenance"].get("model", "MODEL")))
+    command = f"llmmpq quantize {model} --recipe recipe.yaml"
     command += f" --revision {revision}" if revision else ""
     command += " --plan plan.json" if found["method"] == METHOD_OF_GIVEN_PLAN else ""
     calibration = found["provenance"].get("calibration")

@@ -158,6 +158,13 @@ def test_without_a_network(hub, folder, capsys, monkeypatch, tmp_path):
     assert "HF_HUB_OFFLINE is set" in mistake(run_here(["push", folder, REPO], capsys))
 
 
+def test_a_server_without_xet(hub, folder, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    line = mistake(run_here(["push", folder, REPO], capsys))
+    assert "does not take uploads by Xet" in line
+    assert "HF_HUB_DISABLE_XET=1" in line
+
+
 @pytest.mark.parametrize("repo", ["tiny", "user/", "user/a b", "a/b/c", "user/--x"])
 def test_a_name_that_is_none(hub, folder, capsys, repo):
     assert "USER/NAME" in mistake(run_here(["push", folder, repo], capsys))
