@@ -120,8 +120,8 @@ def _write_card(
 
 def _read_results(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     results = read_object(path)
-    if "perplexity" not in results and "kl" not in results:
-        raise CheckpointError(f"{path} holds neither 'perplexity' nor 'kl': give what `llmmpq eval --json` printed")
+    if not {"perplexity", "divergence", "kl"} & set(results):
+        raise CheckpointError(f"{path} holds no perplexity and no divergence: give what `llmmpq eval --json` printed")
     seen = results.get("total_nbytes")
     if seen is not None and seen != found["total_nbytes"]:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from llmmpq.bitmap import as_text, bit_map
 CARD_FILE, MAP_FILE, RESULTS_FILE = "README.md", "bit-map.png", "eval.json"
 SEAL_START, SEAL_END = "<!-- written by llmmpq, sha256 ", " -->"
 METHOD_OF_GIVEN_PLAN = "edited"
-KL_FIGURES = {"mean": "mean", "median": "median", "p90": "p90", "p99": "p99", "max": "max"}
+KL_FIGURES = ("mean", "median", "p90", "p99", "max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,24 +152,27 @@ def _measured(results: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield "| | this model | original |\n| --- | ---: | ---: |"
         yield from (f"| {label} | {here} | {there} |" for label, here, there in rows)
-    kl = results.get("kl")
-    if isinstance(kl, Mapping):
-        yield from ["", *_divergence(kl)] if rows else _divergence(kl)
+    divergence = "\n".join(_divergence(results))
+    if divergence:
+        yield from ["", divergence] if rows else [divergence]
 
 
-def _divergence(kl: Mapping[str, Any]) -> Iterator[str]:
+def _divergence(results: Mapping[str, Any]) -> Iterator[str]:
     """The noise floor stands beside each figure: divergence below it says nothing about quantization."""
-    floor = kl.get("noise_floor")
+    kl = results.get("divergence", results.get("kl"))
+    if not isinstance(kl, Mapping):
+        return
+    floor = results.get("noise_floor", kl.get("noise_floor"))
     floors = floor if isinstance(floor, Mapping) else {"mean": floor}
     yield "| KL divergence from the original, nats per token | this model | noise floor |\n| --- | ---: | ---: |"
-    for label, key in KL_FIGURES.items():
-        if (value := _number(kl.get(key))) is not None:
-            least = _number(floors.get(key))
-            yield f"| {label} | {value:.3g} | {'' if least is None else f'{least:.3g}'} |"
-    if (agreement := _number(kl.get("top1_agreement"))) is not None:
-        least = _number(floors.get("top1_agreement"))
-        shown = "" if least is None else f"{100 * least:.2f} %"
-        yield f"| same likeliest token | {100 * agreement:.2f} % | {shown} |"
+    for key in KL_FIGURES:
+        value, least = (_number(figures.get(f"kl_{key}", figures.get(key))) for figures in (kl, floors))
+        if value is not None:
+            yield f"| {key} | {value:.3g} | {'' if least is None else f'{least:.3g}'} |"
+    agreement, least = (_number(figures.get("top1_agreement")) for figures in (kl, floors))
+    if agreement is not None:
+        yield f"| same likeliest token | {100 * agreement:.2f} % | {'' if least is None else f'{100 * least:.2f} %'} |"
+    yield "\nThe noise floor is the original's own divergence from its rounding to bfloat16."
 
 
 def _protocol(results: Mapping[str, Any]) -> str:
@@ -180,6 +183,8 @@ def _protocol(results: Mapping[str, Any]) -> str:
         parts.append(f"of {_without_folders(text)}")
     if isinstance(window, int):
         parts.append(f"in windows of {window}")
+    if isinstance(stride := results.get("stride"), int) and stride != window:
+        parts.append(f"every {stride}")
     return f"{' '.join(parts)}; all figures are in [{RESULTS_FILE}]({RESULTS_FILE})."
 
 

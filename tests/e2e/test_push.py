@@ -284,7 +284,9 @@ def test_results_of_another_model_are_refused(hub, folder, capsys, tmp_path):
     wrong.write_text('{"perplexity": 1.5, "total_nbytes": 17}')
     assert "was measured on another model" in mistake(run_here(["push", folder, REPO, "--results", wrong], capsys))
     wrong.write_text('{"accuracy": 1.0}')
-    assert "neither 'perplexity' nor 'kl'" in mistake(run_here(["push", folder, REPO, "--results", wrong], capsys))
+    assert "holds no perplexity and no divergence" in mistake(
+        run_here(["push", folder, REPO, "--results", wrong], capsys)
+    )
 
 
 def test_a_seal_breaks_with_any_change():

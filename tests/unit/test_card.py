@@ -46,14 +46,8 @@ RESULTS = {
     "window": 2048,
     "text": "/home/ada/heldout.txt",
     "baseline": {"perplexity": 12.0, "nll": 2.4849},
-    "kl": {
-        "mean": 0.0211,
-        "median": 0.0105,
-        "p90": 0.0505,
-        "p99": 0.2,
-        "top1_agreement": 0.9325,
-        "noise_floor": {"mean": 0.00012, "top1_agreement": 0.999},
-    },
+    "divergence": {"kl_mean": 0.0211, "kl_median": 0.0105, "kl_p90": 0.0505, "kl_p99": 0.2, "top1_agreement": 0.9325},
+    "noise_floor": {"kl_mean": 0.00012, "top1_agreement": 0.999},
 }
 DIGESTS = {"model.safetensors": "ab" * 32, "config.json": "cd" * 32}
 
