@@ -81,7 +81,7 @@ def look(api: HfApi, destination: Destination) -> Branch:
     who = api.whoami()
     if "/" not in destination.repo:
         raise HubError(f"{destination.repo!r} is no repository; allowed: USER/NAME, such as {who.get('name')}/model")
-    if (who.get("auth", {}).get("accessToken") or {}).get("role") == "read":
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(f"the token of {who.get('name')} may only read: {SIGN_IN}")
     return _state(api, destination)
 
@@ -147,7 +147,10 @@ def make(api: HfApi, destination: Destination, branch: Branch) -> Branch:
         api.create_repo(destination.repo, private=destination.private or None, exist_ok=True)
     if destination.revision is not None:
         api.create_branch(destination.repo, branch=destination.branch, exist_ok=True)
-    return _state(api, destination)
+    made = _state(api, destination)
+    if made.commit is None:
+        raise HubError(f"{destination.repo} exists, but the token does not let it be read: {SIGN_IN}")
+    return made
 
 
 def upload(

@@ -49,7 +49,7 @@ def find_origin(provenance: Mapping[str, Any], *, base_model: str | None, api: H
 
 
 def _local_origin(folder: Path) -> tuple[Origin, list[str]]:
-    notes = [_unnamed(f"{folder} was quantized, which is not a name on the Hub")]
+    notes = [_unnamed(f"{folder} was quantized, which the Hub does not know")]
     licence = {}
     if (folder / CARD_FILE).is_file():
         try:
@@ -69,11 +69,11 @@ def _licence(data: ModelCardData | Any) -> dict[str, str]:
 
 
 def _changed(siblings: list[Any], quantized: Any) -> str | None:
-    """A file whose digest on the Hub is not that of the file which was quantized."""
-    known = quantized if isinstance(quantized, Mapping) else {}
-    for file in siblings:
-        if file.lfs is not None and known.get(file.rfilename, file.lfs.sha256) != file.lfs.sha256:
-            return str(file.rfilename)
+    """A file of weights that was quantized and that the Hub does not have, or has otherwise."""
+    there = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
+    for name, digest in (quantized if isinstance(quantized, Mapping) else {}).items():
+        if name.endswith(".safetensors") and there.get(name) != digest:
+            return str(name)
     return None
 
 

@@ -16,7 +16,7 @@ from llmmpq.hub import Branch, Destination, explained, is_there, look, make, no_
 from llmmpq.inspection import inspect_folder
 from llmmpq.model.checkpoint import write_text
 from llmmpq.origin import find_origin
-from llmmpq.output import DIGESTS_FILE, PLAN_FILE, read_object
+from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, read_object
 from llmmpq.progress import Progress, Silent
 
 
@@ -35,7 +35,7 @@ def push_folder(
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}: push a folder that `llmmpq quantize` wrote")
     api = HfApi()
-    with explained(api, destination):
+    with explained(api, destination), no_bars():
         branch = look(api, destination)
         refuse_other_content(branch, destination, folder)
         found = _verified(folder, progress)
@@ -45,15 +45,14 @@ def push_folder(
         branch = make(api, destination, branch)
         files = _published(folder)
         kept, more = _edited_there(api, destination, branch, folder)
-        with no_bars():
-            outcome = upload(
-                api,
-                destination,
-                branch,
-                [path for path in files if path.name not in kept],
-                message=message or f"{found['bits_per_weight']:.3f} bits per weight, by llmmpq",
-                progress=progress,
-            )
+        outcome = upload(
+            api,
+            destination,
+            branch,
+            [path for path in files if path.name not in kept],
+            message=message or f"{found['bits_per_weight']:.3f} bits per weight, by llmmpq",
+            progress=progress,
+        )
     return {
         "folder": str(folder),
         "repo": destination.repo,
@@ -132,10 +131,12 @@ def _read_results(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _private_names(provenance: Mapping[str, Any]) -> list[str]:
-    model = str(provenance.get("model", ""))
-    if not Path(model).expanduser().is_absolute():
+    calibration = provenance.get("calibration")
+    named = [provenance.get("model"), calibration.get("source") if isinstance(calibration, Mapping) else None]
+    paths = [str(name) for name in named if name is not None and Path(str(name)).is_absolute()]
+    if not paths:
         return []
-    return [f"recipe.yaml and plan.json name {model}, a folder of this machine: they are published as they are"]
+    return [f"{RECIPE_FILE} and {PLAN_FILE} name {' and '.join(paths)} of this machine: they are published as they are"]
 
 
 def _published(folder: Path) -> list[Path]:
