@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from llmmpq.errors import HubError
 from llmmpq.evaluate.card import is_sealed, seal
 from llmmpq.hub import Destination
 from llmmpq.pipeline import push_folder, quantize_model
+from llmmpq.progress import Silent
 from tests import tiny
 from tests.e2e.hubserver import GIT_ATTRIBUTES, HubServer
 from tests.e2e.running import digests, run_here, tiny_recipe
@@ -125,6 +127,28 @@ def test_a_connection_that_breaks_once_is_not_even_noticed(hub, folder, capsys):
     outcome = run_here(["push", folder, REPO], capsys)
     assert (outcome.code, hub.num_drops) == (0, 1), outcome.stderr
     assert hub.repos[REPO].files()["README.md"] == (folder / "README.md").read_bytes()
+
+
+class Bytes(Silent):
+    """Adds up what each task is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[int]] = {}
+        self.totals: dict[str, int] = {}
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+        self.totals[label] = total
+        self.told[label] = []
+        yield self.told[label].append
+
+
+def test_progress_goes_shard_by_shard_to_its_end(hub, folder):
+    progress = Bytes()
+    push_folder(folder, Destination(repo=REPO), progress=progress)
+    assert list(progress.totals) == ["compare digests", "upload"]
+    assert {label: sum(told) for label, told in progress.told.items()} == progress.totals
+    assert len(progress.told["upload"]) == len(list(folder.glob("*.safetensors"))) + 1
 
 
 @pytest.mark.parametrize(
