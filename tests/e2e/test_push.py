@@ -111,6 +111,7 @@ def test_an_interrupted_push_continues_with_the_shard_it_broke_off_in(hub, folde
     assert "The same command again continues" in line
     assert "cannot reach" in line
     assert sum(hub.uploads.values()) == 2
+    assert len({request for request in hub.requests if request.startswith("PUT")}) == 3  # one shard at a time
     assert list(hub.repos[REPO].files()) == [".gitattributes"]  # nobody sees half a model
 
     hub.drop_uploads_after = None
