@@ -41,6 +41,7 @@ from llmmpq.flags import (
     PlanBitsOption,
     PlanSizesOption,
     PlanVramOption,
+    PrivateOption,
     QuietOption,
     RecipeOption,
     RunnableArgument,
@@ -210,6 +211,11 @@ def quantize(
         Path | None,
         typer.Option("--plan", metavar="<file>", show_default=False, help="Carry out this plan, as made or edited."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="<user/name>", show_default=False, help="Publish the result there."),
+    ] = None,
+    private: PrivateOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -220,6 +226,8 @@ def quantize(
         raise RecipeError(
             f"--plan and {flags} are both given; the plan decides that: edit its file, or leave --plan out"
         )
+    if private and push_to_hub is None:
+        raise RecipeError("--private would change nothing: nothing is published; use it with --push-to-hub")
     folder = out or _default_out(recipe, plan)
     with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
         result = pipeline.quantize_model(
@@ -228,6 +236,7 @@ def quantize(
             work_dir=work_dir,
             overwrite=overwrite,
             plan_file=plan,
+            publish=None if push_to_hub is None else pipeline.Destination(repo=push_to_hub, private=private),
             progress=progress,
             ranks=call.obj,
         )
@@ -366,6 +375,49 @@ def generate(
         text = pipeline.generate(model, prompt, **settings, **run)
     result = {"model": model, "prompt": prompt, **settings, "text": text}
     _show(lambda console, shown: print(shown["text"]), result, as_json=as_json)
+
+
+@app.command()
+def push(
+    folder: FolderArgument,
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False, help="A repository of the Hub.")],
+    private: PrivateOption = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="<branch>", show_default=False, help="A branch, made if missing (main)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            metavar="<file>",
+            show_default=False,
+            help="What `llmmpq eval --json` printed, for the card; else eval.json of the folder.",
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            metavar="<user/name>",
+            show_default=False,
+            help="The original on the Hub, where a local folder was quantized.",
+        ),
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", metavar="<text>", show_default=False, help="Of the commit.")
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a quantized folder on the Hub, with a model card. The same command again continues."""
+    with _pipeline(quiet=quiet) as (pipeline, progress):
+        destination = pipeline.Destination(repo=repo, private=private, revision=revision, overwrite=overwrite)
+        result = pipeline.push_folder(
+            Path(folder), destination, results=results, base_model=base_model, message=message, progress=progress
+        )
+    _show(tables.show_pushed, result, as_json=as_json)
 
 
 @contextmanager

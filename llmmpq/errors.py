@@ -7,6 +7,7 @@
     |-- CalibrationError        too few tokens, non-finite activations, unreadable text
     |-- InfeasibleBudgetError   budget below the smallest plan
     |-- KernelUnavailableError  a kernel was asked for that cannot run here
+    |-- HubError                the Hub cannot be reached, or refuses what was asked
     `-- RankError               another process of this run ended or cannot be reached
 
 `cli.py` turns these into one line and exit code 2. Anything else is a bug of ours and keeps its traceback.
@@ -39,6 +40,10 @@ class InfeasibleBudgetError(LlmmpqError):
 
 class KernelUnavailableError(LlmmpqError):
     """A kernel was asked for by name that cannot run on this device."""
+
+
+class HubError(LlmmpqError):
+    """The Hub cannot be reached, or refuses what was asked of it."""
 
 
 class RankError(LlmmpqError):

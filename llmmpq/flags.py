@@ -233,6 +233,7 @@ ParetoOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+PrivateOption = Annotated[bool, typer.Option("--private", help="A new repository is made private.")]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="<auto|cpu|cuda:N>", help="Where to compute.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="<name>", help=DTYPE_HELP)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

@@ -8,6 +8,7 @@ architecture; what it was asked for is not known, and there is nothing to verify
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
     return quantization if ours else None
 
 
-def inspect_folder(folder: Path) -> dict[str, Any]:
-    """What a quantized folder holds, byte by byte, and whether it is still what was written."""
+def inspect_folder(folder: Path, *, advance: Callable[[int], None] = lambda num: None) -> dict[str, Any]:
+    """What a quantized folder holds, byte by byte, and whether it is still what was written.
+
+    `advance` is told of bytes that were compared with their digests.
+    """
     plan = plan_of(folder)
     if plan is None:
         raise CheckpointError(
@@ -63,7 +67,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     verified = (folder / DIGESTS_FILE).is_file() or not saved_again
     report = _report_of_saved_again(verified=verified) if saved_again else _read_report(folder / REPORT_FILE)
     checkpoint = Checkpoint.open(folder)
-    problems = verify_digests(folder) if verified else []
+    problems = verify_digests(folder, advance=advance) if verified else []
     quantized_nbytes, expected_names = 0, set()
     for name, linear in plan.linears.items():
         for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
@@ -86,6 +90,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "total_nbytes": checkpoint.nbytes,
         "predicted_loss": plan.predicted_loss,
         "optimality_gap": plan.optimality_gap,
+        "measured_kl": plan.measured_kl,
+        "source_nbytes": report.get("source_nbytes"),
         "linears": [
             {
                 "name": name,

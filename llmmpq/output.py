@@ -234,7 +234,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def verify_digests(folder: Path) -> list[str]:
+def verify_digests(folder: Path, *, advance: Callable[[int], None] = lambda num: None) -> list[str]:
     """What differs from digests.json: nothing, in an intact folder."""
     try:
         digests = read_object(folder / DIGESTS_FILE)
@@ -245,7 +245,7 @@ def verify_digests(folder: Path) -> list[str]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name} is missing")
-        elif file_sha256(path) != digest:
+        elif file_sha256(path, advance=advance) != digest:
             problems.append(f"{name} is not the file that was written (its digest differs)")
     known = {*digests, DIGESTS_FILE, "README.md", ".gitattributes"}
     problems += [

@@ -19,8 +19,9 @@ import torch
 from llmmpq.budgets import budget_of
 from llmmpq.choosing import choose_plan
 from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
-from llmmpq.errors import CheckpointError, RecipeError
+from llmmpq.errors import CheckpointError, HubError, LlmmpqError, RecipeError
 from llmmpq.execute import fallbacks
+from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
@@ -28,6 +29,7 @@ from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
+from llmmpq.publishing import push_folder
 from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Budget, Recipe
@@ -35,7 +37,18 @@ from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage
 
-__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model", "trace_curve"]
+__all__ = [
+    "Destination",
+    "check",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_model",
+    "make_plans",
+    "push_folder",
+    "quantize_model",
+    "trace_curve",
+]
 
 
 def quantize_model(
@@ -45,11 +58,13 @@ def quantize_model(
     work_dir: Path | None = None,
     overwrite: bool = False,
     plan_file: Path | None = None,
+    publish: Destination | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Quantize the recipe's model into the folder `out`. Run again after an interruption, it continues.
 
+    What stands in the way of `publish`ing it is found before the long work begins.
     With several `ranks` (`llmmpq.ranks.join()`), every process calls this, and the first writes.
     """
     progress = progress or Silent()
@@ -58,6 +73,9 @@ def quantize_model(
     plan = None if plan_file is None else plan_from_file(plan_file, session)
     if plan is None:
         check_budget(session)
+    if publish is not None:
+        destination = publish
+        ranks.from_first(lambda: check_destination(destination, out))
     kept_nbytes = sum(tensor.nbytes for tensor in session.skeleton.kept)
     with open_job(session, out=out, work_dir=work_dir, progress=progress) as job:
         session, provenance = job.session, job.provenance()
@@ -81,6 +99,9 @@ def quantize_model(
             written = report
             ranks.from_first(lambda: _write(session, out, stage, made, recipe_yaml, written, progress))
             stage.discard()
+    pushed = None
+    if publish is not None:
+        pushed = ranks.from_first(lambda: _publish(out, destination, progress))
     return {
         "out": str(out),
         "plan": plan.to_json(),
@@ -93,7 +114,15 @@ def quantize_model(
         "warnings": report["warnings"],
         "seconds": time.monotonic() - started,
         "peak_rss_nbytes": _peak_rss_nbytes(),
+        "pushed": pushed,
     }
+
+
+def _publish(out: Path, destination: Destination, progress: Progress) -> dict[str, Any]:
+    try:
+        return push_folder(out, destination, progress=progress)
+    except LlmmpqError as error:
+        raise HubError(f"{out} is finished and stays, but it was not pushed: {error}") from None
 
 
 def make_plans(
@@ -246,6 +275,7 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
         ],
         "linears": dict(notes),
         "bits_per_weight": plan.bits_per_weight,
+        "source_nbytes": session.checkpoint.nbytes,
     }
 
 

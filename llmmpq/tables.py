@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from math import ceil
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmmpq.allocate.budget import parts_of
+from llmmpq.bitmap import bit_map, short_names
 from llmmpq.progress import duration
 
 Row = Mapping[str, Any]
@@ -53,6 +53,8 @@ def show_quantized(console: Console, result: Row) -> None:
     _show_rows(console, rows)
     _show_alarms(console, "fallback", result["fallbacks"])
     _show_alarms(console, "warning", result["warnings"])
+    if result["pushed"] is not None:
+        show_pushed(console, result["pushed"])
 
 
 def show_plans(console: Console, result: Row) -> None:
@@ -190,14 +192,27 @@ def show_evaluated(console: Console, result: Row) -> None:
     _say(console, f"{result['num_tokens']:,} tokens of {result['text']}, in windows of {result['window']}.")
 
 
+def show_pushed(console: Console, result: Row) -> None:
+    sent, there = result["uploaded"], result["unchanged"]
+    _show_rows(
+        console,
+        {
+            "Pushed to": result["url"],
+            "Sent": f"{size(result['uploaded_nbytes'])} in {len(sent)} files" if sent else "nothing",
+            "There already": f"{len(there)} files" if there else None,
+            "Removed": _examples(result["deleted"]) if result["deleted"] else None,
+            "Commit": result["commit"],
+        },
+    )
+    for note in result["notes"]:
+        _say(console, f"note: {note}")
+
+
 def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
     """Rows are blocks, columns are roles in the order of the model, cells are code bits."""
-    roles = list(dict.fromkeys(linear["role"] for linear in linears))
-    widths: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for linear in linears:
-        widths[linear["block"]][linear["role"]].add(linear["bits"])
-    rows = _merged({block: tuple(frozenset(cells[role]) for role in roles) for block, cells in sorted(widths.items())})
-    headers = _short_names(roles)
+    shown = bit_map(linears)
+    roles, rows = shown.roles, shown.merged()
+    headers = short_names(roles)
     panels = _panels(console, headers, rows)
     if panels is None:  # too many or too long roles for this terminal
         letters = [chr(ord("a") + index) if index < 26 else str(index) for index in range(len(roles))]
@@ -228,25 +243,9 @@ def _map_table(headers: Sequence[str], rows: Sequence[Any]) -> Table:
     return table
 
 
-def _merged(rows: Mapping[int, tuple[frozenset[int], ...]]) -> list[tuple[str, tuple[frozenset[int], ...]]]:
-    """Runs of equal blocks become one row, '4-11'."""
-    merged = []
-    for cells, run in groupby(rows.items(), key=lambda item: item[1]):
-        blocks = [block for block, _ in run]
-        merged.append((str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}", cells))
-    return merged
-
-
 def _cell(widths: frozenset[int]) -> Text:
     text = Text("/").join(Text(str(bits), style=WIDTH_STYLES.get(bits, "")) for bits in sorted(widths))
     return text if widths else Text(NOTHING, style="dim")
-
-
-def _short_names(roles: Sequence[str]) -> list[str]:
-    """Without a last part that they share: q_proj, down_proj -> q, down."""
-    endings = {"_" + role.rpartition("_")[2] if "_" in role else "" for role in roles}
-    short = [role.removesuffix(max(endings)) for role in roles] if len(endings) == 1 else []
-    return short if all(short) and len(set(short)) == len(roles) > 1 else list(roles)
 
 
 def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:

@@ -14,18 +14,19 @@ SHARED = """--avg-bits --max-size --fit-vram --context --sequences
 --quantizer --group-size --symmetric --asymmetric --sequential --no-sequential --correction --device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
-    "quantize": f"{SHARED} --bits --overwrite --plan",
+    "quantize": f"{SHARED} --bits --overwrite --plan --push-to-hub --private",
     "check": f"{SHARED} --bits --overwrite",
     "plan": f"{SHARED} --pareto",
     "inspect": "--json",
     "eval": "--baseline --text --window --device --dtype --quiet --json",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",
+    "push": "--private --revision --overwrite --results --base-model --message --quiet --json",
 }
 TAKES_MODEL = ("quantize", "check", "plan")
 
 
 def test_the_verbs_are_exactly_these_in_this_order():
-    assert list(get_command(app).commands) == ["quantize", "check", "plan", "inspect", "eval", "generate"]
+    assert list(get_command(app).commands) == ["quantize", "check", "plan", "inspect", "eval", "generate", "push"]
 
 
 def test_before_a_verb_there_is_only_the_version():
@@ -39,7 +40,7 @@ def test_the_flags_of_a_verb_are_exactly_these(verb):
     flags = [flag for option in options for flag in [*option.opts, *option.secondary_opts]]
     assert sorted(flags) == sorted(FLAGS[verb].split())
     arguments = [parameter.metavar for parameter in parameters if parameter.param_type_name == "argument"]
-    assert arguments == ["MODEL" if verb in TAKES_MODEL else "DIR"]
+    assert arguments == ["MODEL" if verb in TAKES_MODEL else "DIR", *(["USER/NAME"] if verb == "push" else [])]
 
 
 @pytest.mark.parametrize("verb", FLAGS)

@@ -55,6 +55,7 @@ QUANTIZED = {
     "warnings": ["few tokens"],
     "resumed_blocks": 1,
     "already_done": False,
+    "pushed": None,
     "seconds": 75.2,
     "peak_rss_nbytes": 500_000_000,
 }
@@ -312,6 +313,7 @@ def test_what_quantize_hands_on(pipeline):
         "work_dir": Path("w"),
         "overwrite": True,
         "plan_file": Path("p.json"),
+        "publish": None,
         "ranks": ALONE,
     }
     assert main(["quantize", "demo"]) == 0
@@ -321,6 +323,7 @@ def test_what_quantize_hands_on(pipeline):
         "work_dir": None,
         "overwrite": False,
         "plan_file": None,
+        "publish": None,
         "ranks": ALONE,
     }
 

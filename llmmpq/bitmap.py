@@ -1,0 +1,107 @@
+"""The bit map of a model, blocks by projections: its rows and names for any output, and a picture of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from llmmpq.errors import CheckpointError
+
+Cells = tuple[frozenset[int], ...]
+NOTHING = "-"
+MAX_NUMBERED_BLOCKS = 100  # numbers in the cells of more rows than this could not be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitMap:
+    """The code widths of each block (a row) and role (a column); a cell is empty where there is no quantized matrix."""
+
+    roles: Sequence[str]
+    blocks: Mapping[int, Cells]
+
+    def merged(self) -> list[tuple[str, Cells]]:
+        """Runs of equal blocks become one row, '4-11'."""
+        merged = []
+        for cells, run in groupby(self.blocks.items(), key=lambda item: item[1]):
+            blocks = [block for block, _ in run]
+            merged.append((str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}", cells))
+        return merged
+
+
+def bit_map(linears: Iterable[Mapping[str, Any]]) -> BitMap:
+    """Blocks in rising order, roles in the order of the model."""
+    roles: dict[str, None] = {}
+    widths: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for linear in linears:
+        roles[linear["role"]] = None
+        widths[linear["block"]][linear["role"]].add(linear["bits"])
+    return BitMap(
+        roles=list(roles),
+        blocks={block: tuple(frozenset(cells[role]) for role in roles) for block, cells in sorted(widths.items())},
+    )
+
+
+def short_names(roles: Sequence[str]) -> list[str]:
+    """Without a last part that they share: q_proj, down_proj -> q, down."""
+    endings = {"_" + role.rpartition("_")[2] if "_" in role else "" for role in roles}
+    short = [role.removesuffix(max(endings)) for role in roles] if len(endings) == 1 else []
+    return short if all(short) and len(set(short)) == len(roles) > 1 else list(roles)
+
+
+def as_text(shown: BitMap) -> str:
+    """Lines of a fixed width, for a file."""
+    rows = [["block", *short_names(shown.roles)]]
+    rows += [[label, *map(_numbers, cells)] for label, cells in shown.merged()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _numbers(widths: frozenset[int]) -> str:
+    return "/".join(map(str, sorted(widths))) or NOTHING
+
+
+def draw(path: Path, shown: BitMap, *, title: str) -> bool:
+    """Whether the picture was drawn: not without matplotlib."""
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError:
+        return False
+    # Means, for cells with several matrices. Outside the map nothing is drawn where nothing is quantized.
+    values = [[sum(cell) / len(cell) if cell else float("nan") for cell in cells] for cells in shown.blocks.values()]
+    num_rows, num_columns = len(values), len(shown.roles)
+    figure = Figure(figsize=(max(4.0, 1.5 + 0.7 * num_columns), min(30.0, 1.4 + 0.26 * num_rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="cividis", norm=LogNorm(2, 8), aspect="auto")  # cividis: the same to all eyes
+    axes.set_xticks(range(num_columns), short_names(shown.roles))
+    axes.xaxis.tick_top()
+    step = max(1, round(num_rows / 40))
+    axes.set_yticks(range(0, num_rows, step), [str(block) for block in list(shown.blocks)[::step]])
+    axes.set_ylabel("block")
+    axes.set_title(title)
+    if num_rows <= MAX_NUMBERED_BLOCKS:
+        for row, cells in enumerate(shown.blocks.values()):
+            for column, cell in enumerate(cells):
+                dark = bool(cell) and values[row][column] < 5  # the lower half of the colours is dark
+                axes.text(
+                    column,
+                    row,
+                    _numbers(cell),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
+                )
+    else:
+        figure.colorbar(image, label="bits")
+    try:
+        figure.savefig(path, dpi=120, metadata={"Software": None})  # without a version: equal maps, equal files
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+    return True
