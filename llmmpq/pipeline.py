@@ -21,7 +21,7 @@ from llmmpq.choosing import choose_plan
 from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.execute import fallbacks
-from llmmpq.inference import evaluate, generate, load_model
+from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
@@ -35,7 +35,17 @@ from llmmpq.records import Plan
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage
 
-__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model", "trace_curve"]
+__all__ = [
+    "check",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_model",
+    "make_plans",
+    "quantize_model",
+    "run_tasks",
+    "trace_curve",
+]
 
 
 def quantize_model(
