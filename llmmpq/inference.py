@@ -49,8 +49,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Token perplexity, and beside a baseline what was lost: extra NLL, KL divergence and its noise floor.
 
-    `window` is a number, "own" (what the model was made for) or None (2,048, or its own where that is less). The baseline
-    is computed in float32 whatever `dtype` says, once: `cache_dir` keeps it.
+    `window` is a number, "own" (the longest that the model reads) or None (2,048, or its own where that is less). The
+    baseline is computed in float32 whatever `dtype` says, once: `cache_dir` keeps it.
     """
     progress = progress or Silent()
     name, content = evaluation_text(text, max_chars=MOST_CHARS_PER_TOKEN * tokens)
@@ -141,9 +141,7 @@ def _windows(
     asked = window if isinstance(window, int) else USUAL_WINDOW
     if window == "own":
         if own is None:
-            raise RecipeError(
-                f"--window is own, but config.json of {model} has no max_position_embeddings: give a number"
-            )
+            raise RecipeError(f"--window is own, but config.json of {model} names no longest: give a number")
         asked = own
     length = asked if own is None else min(asked, own)
     if length < asked and window is not None:

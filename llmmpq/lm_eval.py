@@ -2,9 +2,9 @@
 
     python -m llmmpq.lm_eval run --model hf --model_args pretrained=DIR --tasks wikitext,arc_easy
 
-It is `lm-eval` with one thing before it: transformers learns to load the format. lm-eval 0.4.13 has no other way in: its
-registry of model classes is a table in its own source, and it looks for no entry points. A model class of ours would
-add nothing, since its `hf` class loads whatever transformers knows.
+It is `lm-eval` with one thing before it: transformers learns to load the format. lm-eval 0.4.13 has no other way in:
+its registry of model classes is a table in its own source, and it looks for no entry points. A model class of ours
+would add nothing, since its `hf` class loads whatever transformers knows.
 """
 
 from __future__ import annotations
