@@ -204,7 +204,7 @@ def resolve_text(source: str) -> CalibrationText:
     if source and path.is_dir():
         paths = sorted(_text_files(path))
         if not paths:
-            raise CalibrationError(f"calibration folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
+            raise CalibrationError(f"text folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
         return CalibrationText(source=source, parts=[_file_documents(item) for item in paths])
     raise CalibrationError(
         f"calibration source {source!r} does not exist; allowed: auto, builtin, a file, a folder, "
@@ -365,7 +365,7 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str, str | None]:
     parts = name.split("/")
     if len(parts) > 3 or len(rest) > 2 or not all([*parts, *rest]):
         raise CalibrationError(
-            f"calibration source {source!r} is not understood; allowed: hf:DATASET[/CONFIG][:SPLIT][:COLUMN], "
+            f"text source {source!r} is not understood; allowed: hf:DATASET[/CONFIG][:SPLIT][:COLUMN], "
             f"for example {STANDARD_SOURCE}"
         )
     split, column = [*rest, None, None][:2]
@@ -387,7 +387,7 @@ def _hub_rows(source: str, load: Any) -> Iterator[Mapping[str, Any]]:
     except Exception as error:  # `datasets` raises what its many back ends raise; all mean the same to the user
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CalibrationError(
-            f"{source} cannot be read ({reason}). Check the name and the network, or use --calib builtin"
+            f"{source} cannot be read ({reason}). Check the name and the network, or use another text"
         ) from error
 
 

@@ -18,7 +18,8 @@ FLAGS = {
     "check": f"{SHARED} --bits --overwrite",
     "plan": f"{SHARED} --pareto",
     "inspect": "--json",
-    "eval": "--baseline --text --window --device --dtype --quiet --json",
+    "eval": """--baseline --text --window --stride --tokens --kl-tokens --cache-dir --tasks --limit --num-fewshot
+--batch-size --include-path --out --device --dtype --quiet --json""",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",
 }
 TAKES_MODEL = ("quantize", "check", "plan")
