@@ -212,7 +212,7 @@ def _show_divergence(console: Console, model: str, found: Row, floor: Row) -> No
         label = {"top1_agreement": "same first choice"}.get(key, key.removeprefix("kl_"))
         table.add_row(label, form.format(found[key]), form.format(floor[key]))
     console.print(table)
-    _say(console, f"Of the baseline in float32, on the first {found['num_tokens']:,} of these tokens.")
+    _say(console, f"Of {found['num_tokens']:,} tokens, from the baseline in float32.")
 
 
 def show_tasks(console: Console, result: Row) -> None:

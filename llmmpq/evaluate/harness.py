@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-eval (0.4.13) on a model folder, called as its own command line calls it.
 
 The model goes through lm-eval's `hf` class by the name of its folder, with lm-eval's defaults for whatever is not
-given, so that equal arguments give equal figures either way; transformers must already know the folder's format. Handing
-over a loaded model was rejected: lm-eval then names the results CUSTOM and takes another way to the device.
+given, so that equal arguments give equal figures either way; transformers must already know the folder's format.
+Handing over a loaded model was rejected: lm-eval then names the results CUSTOM and takes another way to the device.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def test_a_stride_scores_every_token_once_with_more_context(
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which models are read, and in which dtype."""
     seen: list[str] = []
     plain = reading.Reader.logits
@@ -155,7 +155,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return plain(self, windows)
 
     monkeypatch.setattr(reading.Reader, "logits", logits)
-    yield seen
+    return seen
 
 
 def test_five_models_cost_one_run_of_the_original(

@@ -136,7 +136,7 @@ TASKS = {
     "num_examples": {"llmmpq_cloze": 20},
     "num_fewshot": {"llmmpq_cloze": 0},
     "lm_eval": "0.4.13",
-    "files": ["results/demo-3.5bit/results_2026-11-21T09-40-56.393699.json"],
+    "files": ["results/demo/results_2026-11-21.json"],
 }
 
 CURVE = {

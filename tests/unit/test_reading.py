@@ -66,7 +66,7 @@ def test_a_model_that_can_be_neither_held_nor_streamed(folders, no_memory, monke
 def test_logits_that_do_not_fit_name_the_window(folders, monkeypatch):
     reader = Reader(str(folders("llama")))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
-    with pytest.raises(CalibrationError, match="logits of one window of 40 tokens take .* smaller --window"):
+    with pytest.raises(CalibrationError, match=r"logits of one window of 40 tokens take .* smaller --window"):
         next(reader.logits(WINDOWS))
 
 
