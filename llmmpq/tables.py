@@ -227,7 +227,7 @@ def show_tasks(console: Console, result: Row) -> None:
     console.print(table)
     for task, num in result["num_examples"].items():
         _say(console, f"{task}: {num} examples, {result['num_fewshot'][task]} shown before each.")
-    for file in result["files"]:
+    for file in (file for model in models for file in model["files"]):
         _say(console, f"Saved as {file}")
 
 
