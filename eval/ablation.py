@@ -16,6 +16,7 @@ import argparse
 import csv
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import transformers
 from quantizer_table import Judge
@@ -25,7 +26,7 @@ from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
 from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation.method": "uniform"},
     "local": {"allocation.method": "local"},
     "additive": {"allocation.method": "additive"},

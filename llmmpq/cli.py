@@ -30,11 +30,20 @@ from llmmpq.flags import (
     DECIDED_BY_A_PLAN,
     NUM_BUDGETS,
     RECIPE_FLAGS,
+    BaselineOption,
+    BatchSizeOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
+    EvaluationWindowOption,
+    FewshotOption,
     FolderArgument,
+    IncludeOption,
     JsonOption,
+    KlTokensOption,
+    LimitOption,
     ModelArgument,
+    MostTokensOption,
     OutOption,
     OverwriteOption,
     ParetoOption,
@@ -44,7 +53,11 @@ from llmmpq.flags import (
     PrivateOption,
     QuietOption,
     RecipeOption,
+    ResultsOption,
     RunnableArgument,
+    StrideOption,
+    TasksOption,
+    TextOption,
     WorkOption,
 )
 from llmmpq.progress import Progress, Silent, Terminal
@@ -332,26 +345,52 @@ def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
 @app.command("eval")
 def evaluate(
     model: RunnableArgument,
-    baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", metavar="<model>", show_default=False, help="Compare with it, on the same text."),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option("--text", metavar="<file>", show_default=False, help="A text file; else the packaged text."),
-    ] = None,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 1024,
+    baseline: BaselineOption = None,
+    text: TextOption = None,
+    window: EvaluationWindowOption = None,
+    stride: StrideOption = None,
+    tokens: MostTokensOption = None,
+    kl_tokens: KlTokensOption = None,
+    cache_dir: CacheOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    num_fewshot: FewshotOption = None,
+    batch_size: BatchSizeOption = None,
+    include_path: IncludeOption = None,
+    out: ResultsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the perplexity, size and reading speed of a model, beside those of a baseline."""
+    """Measure perplexity and speed of a model, and what it lost against a baseline; or run lm-eval's tasks on it."""
     run = {"device": device, "dtype": dtype}
     Recipe().override({f"run.{key}": value for key, value in run.items()})
+    of_text = {"text": text, "window": _read_window(window), "stride": stride, "tokens": tokens}
+    of_text |= {"kl_tokens": kl_tokens, "cache_dir": cache_dir}
+    of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+    of_tasks |= {"include_path": include_path, "out": out}
+    idle = of_tasks if tasks is None else of_text
+    if flags := ["--" + name.replace("_", "-") for name, value in idle.items() if value is not None]:
+        verb = "need" if len(flags) > 1 else "needs"
+        clash = f"{verb} --tasks" if tasks is None else "cannot be had with --tasks: run eval once for each"
+        raise RecipeError(f"{' and '.join(flags)} {clash}")
+    given = {name: value for name, value in (of_text if tasks is None else of_tasks).items() if value is not None}
+    given |= {"baseline": baseline, **run}
     with _pipeline(quiet=quiet) as (pipeline, progress):
-        result = pipeline.evaluate(model, baseline=baseline, text=text, window=window, progress=progress, **run)
-    _show(tables.show_evaluated, result, as_json=as_json)
+        if tasks is None:
+            result = pipeline.evaluate(model, progress=progress, **given)
+        else:
+            result = pipeline.run_tasks(model, tasks.split(","), progress=progress, **given)
+    _show(tables.show_evaluated if tasks is None else tables.show_tasks, result, as_json=as_json)
+
+
+def _read_window(text: str | None) -> int | str | None:
+    if text is None or text == "own":
+        return text
+    if not text.isdecimal() or int(text) < 2:
+        raise RecipeError(f"--window is {text!r}; allowed: a whole number of at least 2, or own (the model's longest)")
+    return int(text)
 
 
 @app.command()

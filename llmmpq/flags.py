@@ -232,6 +232,56 @@ ParetoOption = Annotated[
         help=f"The curve of predicted loss against bytes, from so many budgets ({NUM_BUDGETS}).",
     ),
 ]
+# Of `eval`: every one is None unless it was given, so that one that would change nothing can be refused.
+TEXT, TASKS = "Text", "Tasks of lm-eval"
+
+
+def _eval_option(kind: Any, name: str, *, panel: str | None, text: str, metavar: str | None = None, **more: Any) -> Any:
+    option = typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
+    return Annotated[kind | None, option]
+
+
+BaselineOption = _eval_option(
+    str, "--baseline", panel=None, metavar="<model>", text="The original: compare with it, on the same text or tasks."
+)
+TextOption = _eval_option(
+    str,
+    "--text",
+    panel=TEXT,
+    metavar="<source>",
+    text="A file, a folder, or hf:DATASET/CONFIG:SPLIT:COLUMN; else the packaged text.",
+)
+EvaluationWindowOption = _eval_option(
+    str,
+    "--window",
+    panel=TEXT,
+    metavar="<tokens|own>",
+    text="Tokens per window (2048, or what the model reads where that is less); own: what the model reads.",
+)
+StrideOption = _eval_option(
+    int, "--stride", panel=TEXT, min=1, text="Tokens from one window's start to the next (the window: no overlap)."
+)
+MostTokensOption = _eval_option(int, "--tokens", panel=TEXT, min=2, text="At most so many of the text (524288).")
+KlTokensOption = _eval_option(
+    int, "--kl-tokens", panel=TEXT, min=0, text="Of them, at most so many for the KL divergence (8192; 0: none)."
+)
+CacheOption = _eval_option(
+    Path, "--cache-dir", panel=TEXT, metavar="<folder>", text="Where the baseline's logits are kept (.llmmpq-work)."
+)
+TasksOption = _eval_option(
+    str, "--tasks", panel=TASKS, metavar="<a,b,...>", text="Run these tasks of lm-eval in place of the text."
+)
+LimitOption = _eval_option(float, "--limit", panel=TASKS, text="So many examples per task, or a share below 1.")
+FewshotOption = _eval_option(int, "--num-fewshot", panel=TASKS, min=0, text="Examples shown before each question.")
+BatchSizeOption = _eval_option(
+    str, "--batch-size", panel=TASKS, metavar="<number|auto>", text="Requests per forward (1)."
+)
+IncludeOption = _eval_option(
+    Path, "--include-path", panel=TASKS, metavar="<folder>", text="A folder with tasks of your own."
+)
+ResultsOption = _eval_option(
+    Path, "--out", panel=TASKS, metavar="<folder>", text="Where results are saved, as lm-eval saves them."
+)
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="A new repository is made private.")]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="<auto|cpu|cuda:N>", help="Where to compute.")]

@@ -1,25 +1,36 @@
-"""Use a model, quantized or not: load it, measure its perplexity, let it write."""
+"""Use a model, quantized or not: load it, measure it against the original, let it write."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmmpq.errors import CheckpointError
-from llmmpq.evaluate.perplexity import token_nll
+from llmmpq.errors import CheckpointError, RecipeError
+from llmmpq.evaluate.divergence import Divergence
+from llmmpq.evaluate.harness import TaskSettings, run_harness
+from llmmpq.evaluate.perplexity import NllResult, num_scored, window_nll
 from llmmpq.evaluate.sample import generate_text
-from llmmpq.hf import LlmmpqForCausalLM
-from llmmpq.inspection import is_quantized, plan_of
+from llmmpq.inspection import plan_of
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.source import resolve_model
-from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
+from llmmpq.model.tokens import evaluation_text, evaluation_windows
 from llmmpq.progress import Progress, Silent
+from llmmpq.reading import Reader, load_model, read_config
+from llmmpq.reference import Reference, Scoring, compare_batch, reference_of
 from llmmpq.session import load_tokenizer, pick_device
 
-EVALUATION_BATCH = 4  # sequences per forward: enough to fill two cores, little memory for the logits
+__all__ = ["evaluate", "generate", "load_model", "run_tasks"]
+
+USUAL_WINDOW = 2048  # that of GPTQ's figures and of most published since
+# 256 windows of 2,048. The whole of wikitext-2's test text, and a bound for data sets that have no end.
+MAX_TOKENS = 2**19
+# The mean of a quantity that varies over tokens two or three times as much as its mean is then known to 3 %.
+KL_TOKENS = 8192
+MOST_CHARS_PER_TOKEN = 16  # no usual tokenizer makes fewer tokens of a text
 
 
 def evaluate(
@@ -27,26 +38,78 @@ def evaluate(
     *,
     baseline: str | None = None,
     text: str | None = None,
-    window: int = 1024,
+    window: int | str | None = None,
+    stride: int | None = None,
+    tokens: int = MAX_TOKENS,
+    kl_tokens: int = KL_TOKENS,
+    cache_dir: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Token perplexity on non-overlapping windows, beside a baseline's when one is named."""
+    """Token perplexity, and beside a baseline what was lost: extra NLL, KL divergence and its noise floor.
+
+    `window` is a number, "own" (the longest that the model reads) or None (2,048, or its own where that is less). The
+    baseline is computed in float32 whatever `dtype` says, once: `cache_dir` keeps it.
+    """
     progress = progress or Silent()
-    content = packaged_text("heldout.txt") if text is None else read_text(text)
-    result = _perplexity(model, content, window, device, dtype, progress)
-    result["text"] = "packaged held-out text" if text is None else text
+    name, content = evaluation_text(text, max_chars=MOST_CHARS_PER_TOKEN * tokens)
+    notes: list[str] = []
+    windows = _windows(model, content, window, stride, tokens, notes)
+    stride = stride or windows.shape[1]
+    scoring = Scoring(
+        windows=windows,
+        stride=stride,
+        num_kl_windows=min(len(windows), max(1, kl_tokens // min(stride, windows.shape[1] - 1))) if kl_tokens else 0,
+    )
+    reference = None
     if baseline is not None:
-        result["baseline"] = _perplexity(baseline, content, window, device, dtype, progress)
-        if result["baseline"]["num_tokens"] != result["num_tokens"]:
-            raise CheckpointError(
-                f"{model} and {baseline} split the text into {result['num_tokens']} and "
-                f"{result['baseline']['num_tokens']} tokens: their tokenizers differ, so "
-                "perplexities cannot be compared"
-            )
-        result["extra_nll"] = result["nll"] - result["baseline"]["nll"]
+        _refuse_other_tokens(
+            model, baseline, windows, _windows(baseline, content, windows.shape[1], stride, tokens, [])
+        )
+        reference = reference_of(baseline, scoring, cache_dir=cache_dir, device=device, progress=progress)
+    result = _measure(Reader(model, device=device, dtype=dtype), scoring, reference, progress)
+    result |= {"text": name, "notes": notes}
+    if baseline is not None and reference is not None:
+        nll = NllResult(nll=reference.nll, num_tokens=result["num_tokens"], seconds=0.0)
+        result["baseline"] = _figures(baseline, scoring, nll) | {"from_cache": reference.was_cached}
+        result["extra_nll"] = result["nll"] - reference.nll
+        result["noise_floor"] = reference.noise_floor
     return result
+
+
+def run_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    baseline: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: str | None = None,
+    include_path: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tasks of lm-eval, on the baseline too. A `dtype` of auto is lm-eval's: what the checkpoint says, on a CPU too."""
+    settings = TaskSettings(
+        tasks=[task.strip() for task in tasks],
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        include_path=include_path,
+        out=out,
+        quiet=progress is None or isinstance(progress, Silent),
+    )
+    folders = {name: resolve_model(name) for name in (model, baseline) if name is not None}
+    for folder in folders.values():
+        Checkpoint.open(folder)  # damage and pickled weights are named here
+    found = {
+        name: run_harness(name, folder, settings, device=str(pick_device(device)), dtype=dtype)
+        for name, folder in folders.items()
+    }
+    return found[model] | ({} if baseline is None else {"baseline": found[baseline]})
 
 
 def generate(
@@ -70,37 +133,67 @@ def generate(
     )
 
 
-def load_model(model: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Path, PreTrainedModel]:
-    """A quantized or plain model, ready to run."""
+def _windows(
+    model: str, content: str, window: int | str | None, stride: int | None, tokens: int, notes: list[str]
+) -> torch.Tensor:
     folder = resolve_model(model)
-    target = pick_device(device)
-    wanted = torch.float32 if dtype == "auto" and target.type == "cpu" else dtype
-    if isinstance(wanted, str) and wanted != "auto":
-        wanted = getattr(torch, wanted)
-    # Damage, missing shards and pickled weights are named here, before anything is loaded.
-    Checkpoint.open(folder)
-    loader = LlmmpqForCausalLM if is_quantized(folder) else AutoModelForCausalLM
-    loaded: PreTrainedModel = loader.from_pretrained(
-        str(folder), dtype=wanted, trust_remote_code=False, use_safetensors=True
-    )
-    torch.nn.Module.to(loaded, target)
-    return folder, loaded.eval()
+    own = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    asked = window if isinstance(window, int) else USUAL_WINDOW
+    if window == "own":
+        if own is None:
+            raise RecipeError(f"--window is own, but config.json of {model} names no longest: give a number")
+        asked = own
+    length = asked if own is None else min(asked, own)
+    if length < asked and window is not None:
+        notes.append(f"The window was lowered from {asked:,} to {length:,}, the most that the model reads.")
+    if stride is not None and stride > length:
+        raise RecipeError(f"--stride is {stride}; allowed: 1 to the window of {length}, or no token between is scored")
+    tokenizer = load_tokenizer(folder)
+    windows = evaluation_windows(tokenizer, content, length, stride=stride, max_tokens=tokens)
+    if (len(windows) - 1) * (stride or length) + 2 * length > tokens:
+        notes.append(f"No more than the first {tokens:,} tokens are read (--tokens).")
+    return windows
 
 
-def _perplexity(model: str, content: str, window: int, device: str, dtype: str, progress: Progress) -> dict[str, Any]:
-    folder, loaded = load_model(model, device=device, dtype=dtype)
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", window)
-    windows = evaluation_windows(load_tokenizer(folder), content, min(window, longest))
-    with progress.task(f"evaluate {model}", len(windows), "windows") as advance:
-        result = token_nll(loaded, windows, batch=EVALUATION_BATCH, advance=advance)
+def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, others: torch.Tensor) -> None:
+    if windows.shape != others.shape or not torch.equal(windows, others):
+        raise CheckpointError(
+            f"{model} and {baseline} split the text into different tokens ({windows.numel()} and {others.numel()} in "
+            "whole windows): their tokenizers differ, so perplexities cannot be compared"
+        )
+
+
+def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, progress: Progress) -> dict[str, Any]:
+    """Loss and divergence in one pass; the time is that of the model and its loss, without the comparison."""
+    original_NV = None if reference is None else reference.logits_NV
+    total, seconds, parts = 0.0, 0.0, list[Divergence]()
+    with progress.task(f"evaluate {reader.name}", len(scoring.windows), "windows") as advance:
+        started = time.perf_counter()
+        for first, logits in reader.logits(scoring.windows):
+            total += sum(window_nll(logits, scoring.windows, first=first, stride=scoring.stride))
+            seconds += time.perf_counter() - started
+            if original_NV is not None:
+                compare_batch(original_NV, scoring, first, logits, parts)
+            advance(len(logits))
+            started = time.perf_counter()
+    num_tokens = num_scored(scoring.windows, scoring.stride)
+    nll = NllResult(nll=total / num_tokens, num_tokens=num_tokens, seconds=seconds)
+    divergence = {"divergence": Divergence.of(parts).to_json()} if parts else {}
+    return _figures(reader.name, scoring, nll) | {"dtype": str(reader.dtype).removeprefix("torch.")} | divergence
+
+
+def _figures(model: str, scoring: Scoring, nll: NllResult) -> dict[str, Any]:
+    folder = resolve_model(model)
     plan = plan_of(folder)
+    num_read = scoring.windows.numel()
     return {
         "model": model,
-        "window": windows.shape[1],
-        "num_tokens": result.num_tokens,
-        "nll": result.nll,
-        "perplexity": result.perplexity,
+        "window": scoring.windows.shape[1],
+        "stride": scoring.stride,
+        "num_tokens": nll.num_tokens,
+        "nll": nll.nll,
+        "perplexity": nll.perplexity,
         "bits_per_weight": None if plan is None else plan.bits_per_weight,
         "total_nbytes": Checkpoint.open(folder).nbytes,
-        "tokens_per_second": result.num_tokens / result.seconds,
+        "tokens_per_second": num_read / nll.seconds if nll.seconds else None,
     }

@@ -22,7 +22,7 @@ from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, fron
 from llmmpq.errors import CheckpointError, HubError, LlmmpqError, RecipeError
 from llmmpq.execute import fallbacks
 from llmmpq.hub import Destination, check_destination
-from llmmpq.inference import evaluate, generate, load_model
+from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
@@ -47,6 +47,7 @@ __all__ = [
     "make_plans",
     "push_folder",
     "quantize_model",
+    "run_tasks",
     "trace_curve",
 ]
 

@@ -189,7 +189,54 @@ def show_evaluated(console: Console, result: Row) -> None:
     console.print(table)
     if len(models) == 2:
         _say(console, f"Extra loss against the baseline: {result['extra_nll']:+.5f} nats per token.")
-    _say(console, f"{result['num_tokens']:,} tokens of {result['text']}, in windows of {result['window']}.")
+    _say(
+        console,
+        f"{result['num_tokens']:,} tokens of {result['text']}, in windows of {result['window']}"
+        + ("" if result["stride"] == result["window"] else f" that begin {result['stride']} tokens apart")
+        + ".",
+    )
+    if "divergence" in result:
+        _show_divergence(console, result["model"], result["divergence"], result["noise_floor"])
+    for note in result["notes"]:
+        _say(console, f"note: {note}")
+
+
+def _show_divergence(console: Console, model: str, found: Row, floor: Row) -> None:
+    console.print()
+    table = _table("KL divergence, nats per token", model, "bf16 noise floor", right=(1, 2))
+    for key, form in (
+        ("kl_mean", "{:.4g}"),
+        ("kl_median", "{:.4g}"),
+        ("kl_p90", "{:.4g}"),
+        ("kl_p99", "{:.4g}"),
+        ("top1_agreement", "{:.2%}"),
+    ):
+        label = {"top1_agreement": "same first choice"}.get(key, key.removeprefix("kl_"))
+        table.add_row(label, form.format(found[key]), form.format(floor[key]))
+    console.print(table)
+    _say(console, f"Of {found['num_tokens']:,} tokens, from the baseline in float32.")
+
+
+def show_tasks(console: Console, result: Row) -> None:
+    """One row for each task and figure, as lm-eval names them."""
+    models = [result] if result.get("baseline") is None else [result, result["baseline"]]
+    table = _table("task", "figure", *(model["model"] for model in models), right=range(2, 2 + len(models)))
+    for task, figures in result["results"].items():
+        names = [name for name in figures if "_stderr" not in name]
+        for position, name in enumerate(names):
+            values = (_with_error(model["results"][task], name) for model in models)
+            table.add_row("" if position else task, name, *values)
+    console.print(table)
+    for task, num in result["num_examples"].items():
+        _say(console, f"{task}: {num} examples, {result['num_fewshot'][task]} shown before each.")
+    for file in (file for model in models for file in model["files"]):
+        _say(console, f"Saved as {file}")
+
+
+def _with_error(figures: Row, name: str) -> str:
+    metric, comma, kind = name.partition(",")
+    error = figures.get(f"{metric}_stderr{comma}{kind}")
+    return f"{figures[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def show_pushed(console: Console, result: Row) -> None:

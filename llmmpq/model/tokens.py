@@ -109,7 +109,7 @@ def load_tokens(
     ids = windows[order[:num_wanted]]
     if num_windows < num_wanted:
         notes.append(f"Calibration uses {ids.numel()} tokens, all that {text.source} gives, of {num_tokens} asked for.")
-    return TokenWindows(ids=ids, source=text.source, digest=_digest(ids), notes=tuple(notes))
+    return TokenWindows(ids=ids, source=text.source, digest=digest_of_ids(ids), notes=tuple(notes))
 
 
 def split_windows(drawn: TokenWindows, *, probe_share: float) -> tuple[TokenWindows, TokenWindows]:
@@ -121,7 +121,7 @@ def split_windows(drawn: TokenWindows, *, probe_share: float) -> tuple[TokenWind
     num_probe = min(max(1, round(num_windows * probe_share)), num_windows - 1)
     parts = drawn.ids[: num_windows - num_probe], drawn.ids[num_windows - num_probe :]
     calibration, probe = (
-        TokenWindows(ids=ids.contiguous(), source=drawn.source, digest=_digest(ids), notes=()) for ids in parts
+        TokenWindows(ids=ids.contiguous(), source=drawn.source, digest=digest_of_ids(ids), notes=()) for ids in parts
     )
     return dataclasses.replace(calibration, notes=drawn.notes), probe
 
@@ -136,13 +136,49 @@ def advise_num_tokens(num_tokens: int, widest_in_features: int) -> str | None:
     )
 
 
-def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> torch.Tensor:
-    """The whole text in order, cut into windows that do not overlap; the last partial one is dropped."""
-    ids = _encode(tokenizer, text)
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    window: int,
+    *,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """The text in order, cut into windows that begin `stride` tokens apart (`window`, unless told otherwise).
+
+    The last partial window is dropped. The text is encoded as one piece: no marks are put where documents meet.
+    """
+    ids = _encode(tokenizer, text)[:max_tokens]
     if window < 1 or len(ids) < window:
-        raise CalibrationError(f"the text gives {len(ids)} tokens, less than one evaluation window of {window}")
-    num_windows = len(ids) // window
-    return torch.tensor(ids[: num_windows * window], dtype=torch.long).reshape(num_windows, window)
+        raise CalibrationError(
+            f"the text gives {len(ids)} tokens, less than one evaluation window of {window}: give a longer text, "
+            "or a smaller --window"
+        )
+    return torch.tensor(ids, dtype=torch.long).unfold(0, window, stride or window).contiguous()
+
+
+def evaluation_text(source: str | None, *, max_chars: int) -> tuple[str, str]:
+    """A name for the source, and its text, of which no more is read than `max_chars` need.
+
+    A file is taken as it is. The documents of a folder, of a `.jsonl` file and the rows of a data set are joined by an
+    empty line; of wikitext's rows that makes the text on which GPTQ and its successors report perplexity.
+    """
+    if source is None:
+        return "packaged held-out text", packaged_text("heldout.txt")
+    path = Path(source).expanduser()
+    if source.startswith("hf:"):
+        source, texts = _hub_texts(source)
+    elif path.is_dir() or path.suffix.lower() == ".jsonl":
+        texts = chain.from_iterable(resolve_text(source).parts)
+    else:
+        return source, read_text(path)
+    pieces, num_chars = [], 0
+    for text in texts:
+        pieces.append(text)
+        num_chars += len(text)
+        if num_chars >= max_chars:
+            break
+    return source, "\n\n".join(pieces)
 
 
 def read_text(path: str | Path) -> str:
@@ -168,7 +204,7 @@ def resolve_text(source: str) -> CalibrationText:
     if source and path.is_dir():
         paths = sorted(_text_files(path))
         if not paths:
-            raise CalibrationError(f"calibration folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
+            raise CalibrationError(f"text folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
         return CalibrationText(source=source, parts=[_file_documents(item) for item in paths])
     raise CalibrationError(
         f"calibration source {source!r} does not exist; allowed: auto, builtin, a file, a folder, "
@@ -198,7 +234,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _digest(ids: torch.Tensor) -> str:
+def digest_of_ids(ids: torch.Tensor) -> str:
     header = f"int64 {tuple(ids.shape)} ".encode()
     return hashlib.sha256(header + ids.numpy().astype("<i8").tobytes()).hexdigest()
 
@@ -300,7 +336,12 @@ def _resolve_auto() -> CalibrationText:
 
 
 def _resolve_hub(source: str) -> CalibrationText:
-    """Reads the first row here, so that a wrong name or column fails before anything expensive."""
+    resolved, texts = _hub_texts(source)
+    return CalibrationText(source=resolved, parts=[_documents(_row_pieces(texts))])
+
+
+def _hub_texts(source: str) -> tuple[str, Iterator[str]]:
+    """The resolved source and its rows. The first is read here, so that a wrong name fails before anything long."""
     path, config, split, column = parse_hub_source(source)
     load_dataset = _load_dataset_function()
     rows = _hub_rows(source, lambda: load_dataset(path, name=config, split=split, streaming=True))
@@ -312,8 +353,7 @@ def _resolve_hub(source: str) -> CalibrationText:
     elif column not in first:
         raise CalibrationError(f"{source} has no column {column!r}; its columns are: {', '.join(first)}")
     resolved = f"hf:{'/'.join(filter(None, (path, config)))}:{split}:{column}"
-    texts = (_field(row, column, resolved) for row in chain([first], rows))
-    return CalibrationText(source=resolved, parts=[_documents(_row_pieces(texts))])
+    return resolved, (_field(row, column, resolved) for row in chain([first], rows))
 
 
 def parse_hub_source(source: str) -> tuple[str, str | None, str, str | None]:
@@ -325,7 +365,7 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str, str | None]:
     parts = name.split("/")
     if len(parts) > 3 or len(rest) > 2 or not all([*parts, *rest]):
         raise CalibrationError(
-            f"calibration source {source!r} is not understood; allowed: hf:DATASET[/CONFIG][:SPLIT][:COLUMN], "
+            f"text source {source!r} is not understood; allowed: hf:DATASET[/CONFIG][:SPLIT][:COLUMN], "
             f"for example {STANDARD_SOURCE}"
         )
     split, column = [*rest, None, None][:2]
@@ -347,7 +387,7 @@ def _hub_rows(source: str, load: Any) -> Iterator[Mapping[str, Any]]:
     except Exception as error:  # `datasets` raises what its many back ends raise; all mean the same to the user
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CalibrationError(
-            f"{source} cannot be read ({reason}). Check the name and the network, or use --calib builtin"
+            f"{source} cannot be read ({reason}). Check the name and the network, or use another text"
         ) from error
 
 

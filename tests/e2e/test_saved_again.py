@@ -72,10 +72,11 @@ def test_eval_gives_bits_and_the_same_perplexity(
     made: Path, again: Path, calibration_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["eval", again, "--baseline", made, "--text", calibration_file, "--window", 64, "--quiet", "--json"]
-    outcome = run_here(arguments, capsys)
+    outcome = run_here([*arguments, "--cache-dir", again.parent / "cache"], capsys)
     assert outcome.code == 0
     seen = json.loads(outcome.stdout)
     assert seen["extra_nll"] == 0
+    assert seen["divergence"]["kl_mean"] == 0
     assert seen["bits_per_weight"] == pytest.approx(read_plan(made)["bits_per_weight"], abs=1e-6)
     assert seen["bits_per_weight"] == pytest.approx(seen["baseline"]["bits_per_weight"], abs=1e-6)
 

@@ -10,7 +10,7 @@ from llmmpq.recipe import Recipe
 
 SHARED = """--avg-bits --max-size --fit-vram --context --sequences
 --recipe --revision --calib --tokens --window --seed --method --refine
---widths --fuse --no-fuse --pin --keep
+--widths --head-bits --fuse --no-fuse --pin --keep
 --quantizer --group-size --symmetric --asymmetric --sequential --no-sequential --correction --device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
@@ -18,7 +18,8 @@ FLAGS = {
     "check": f"{SHARED} --bits --overwrite",
     "plan": f"{SHARED} --pareto",
     "inspect": "--json",
-    "eval": "--baseline --text --window --device --dtype --quiet --json",
+    "eval": """--baseline --text --window --stride --tokens --kl-tokens --cache-dir --tasks --limit --num-fewshot
+--batch-size --include-path --out --device --dtype --quiet --json""",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",
     "push": "--private --revision --overwrite --results --base-model --message --quiet --json",
 }

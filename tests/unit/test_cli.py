@@ -117,6 +117,7 @@ INSPECTED = {
 EVALUATED = {
     "model": "demo-3.5bit",
     "window": 1024,
+    "stride": 1024,
     "num_tokens": 8184,
     "nll": 5.147,
     "perplexity": 171.9,
@@ -124,9 +125,20 @@ EVALUATED = {
     "total_nbytes": 4_000_000,
     "tokens_per_second": 4499.0,
     "text": "packaged held-out text",
+    "notes": [],
 }
+KL = {"kl_mean": 0.0086, "kl_median": 0.0054, "kl_p90": 0.0189, "kl_p99": 0.0486, "top1_agreement": 0.9085}
+COMPARED = {"divergence": KL | {"num_tokens": 8184}, "noise_floor": KL | {"num_tokens": 8184}, "extra_nll": 0.001}
 BASELINE = EVALUATED | {"model": "demo", "nll": 5.146, "perplexity": 171.7, "bits_per_weight": None}
 
+TASKS = {
+    "model": "demo-3.5bit",
+    "results": {"llmmpq_cloze": {"acc": 0.45, "acc_stderr": 0.1141, "exact_match,first": 0.4}},
+    "num_examples": {"llmmpq_cloze": 20},
+    "num_fewshot": {"llmmpq_cloze": 0},
+    "lm_eval": "0.4.13",
+    "files": ["results/demo/results_2026-11-21.json"],
+}
 
 CURVE = {
     "format": "llmmpq-pareto",
@@ -160,6 +172,7 @@ class Recorder(types.ModuleType):
             "trace_curve": CURVE,
             "inspect": INSPECTED,
             "evaluate": EVALUATED,
+            "run_tasks": TASKS,
             "generate": "The library is closed.",
         }
         self.called = None
@@ -371,6 +384,16 @@ def test_what_the_other_verbs_hand_on(pipeline):
     pipeline.keywords.pop("progress")
     machine = {"device": "cpu", "dtype": "float32"}
     assert pipeline.called == ("evaluate", ("folder",), {"baseline": "demo", "text": "t.txt", "window": 64} | machine)
+    assert run("eval folder --window own --stride 9 --tokens 99 --kl-tokens 0 --cache-dir c") == 0
+    pipeline.keywords.pop("progress")
+    windows = {"window": "own", "stride": 9, "tokens": 99, "kl_tokens": 0, "cache_dir": Path("c")}
+    assert pipeline.keywords == windows | {"baseline": None, "device": "auto", "dtype": "auto"}
+    tasks = "--limit 0.5 --num-fewshot 2 --batch-size auto --include-path own --out there"
+    assert run(f"eval folder --tasks wikitext,arc_easy {tasks}") == 0
+    pipeline.keywords.pop("progress")
+    settings = {"limit": 0.5, "num_fewshot": 2, "batch_size": "auto", "include_path": Path("own"), "out": Path("there")}
+    settings |= {"baseline": None, "device": "auto", "dtype": "auto"}
+    assert pipeline.called == ("run_tasks", ("folder", ["wikitext", "arc_easy"]), settings)
     assert run("generate folder --prompt Once --max-new-tokens 5 --temperature 0.5 --seed 3") == 0
     settings = {"max_new_tokens": 5, "temperature": 0.5, "seed": 3, "device": "auto", "dtype": "auto"}
     assert pipeline.called == ("generate", ("folder", "Once"), settings)
@@ -546,7 +569,8 @@ def columns_of(text):
         (tables.show_plans, {"out": "plans", "plans": [PLAN.to_json()] * 4}),
         (tables.show_check, CHECKED | {"short_groups": []}),
         (tables.show_inspected, INSPECTED),
-        (tables.show_evaluated, EVALUATED | {"baseline": BASELINE, "extra_nll": 0.001}),
+        (tables.show_evaluated, EVALUATED | {"baseline": BASELINE} | COMPARED),
+        (tables.show_tasks, TASKS | {"baseline": TASKS | {"model": "demo"}}),
         (tables.show_evaluated, EVALUATED),
         (tables.show_check, CHECKED | TOTAL | {"short_groups": []}),
         (tables.show_plans, {"out": "plans", "plans": [], "curve": CURVE | {"notes": []}}),
