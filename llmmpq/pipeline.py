@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from llmmpq.budgets import budget_of
-from llmmpq.choosing import choose_plan
+from llmmpq.choosing import choose_plan, measured
 from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.execute import fallbacks
 from llmmpq.inference import evaluate, generate, load_model
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
-from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
+from llmmpq.output import EDITED, PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
@@ -232,6 +232,9 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
     """What a reader must know of how the folder came to be. No times: equal runs write equal bytes."""
     session = job.session
     warnings = list(job.tokens.notes)
+    sensitivity = None if plan.method == EDITED else measured(job)
+    if sensitivity is not None:
+        warnings += sensitivity.warnings
     if session.skeleton.ignored:
         warnings.append(
             f"{len(session.skeleton.ignored)} tensors of the checkpoint are not used by the model and were left out, "
@@ -246,6 +249,8 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
         ],
         "linears": dict(notes),
         "bits_per_weight": plan.bits_per_weight,
+        "source_nbytes": session.checkpoint.nbytes,
+        "sensitivity": None if sensitivity is None else sensitivity.summary(),
     }
 
 

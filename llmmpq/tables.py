@@ -17,8 +17,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from llmmpq.allocate.budget import parts_of
+from llmmpq.allocate.budget import asked_for, parts_of
 from llmmpq.progress import duration
+from llmmpq.report.bit_map import short_names
 
 Row = Mapping[str, Any]
 
@@ -197,7 +198,7 @@ def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
     for linear in linears:
         widths[linear["block"]][linear["role"]].add(linear["bits"])
     rows = _merged({block: tuple(frozenset(cells[role]) for role in roles) for block, cells in sorted(widths.items())})
-    headers = _short_names(roles)
+    headers = short_names(roles)
     panels = _panels(console, headers, rows)
     if panels is None:  # too many or too long roles for this terminal
         letters = [chr(ord("a") + index) if index < 26 else str(index) for index in range(len(roles))]
@@ -242,32 +243,17 @@ def _cell(widths: frozenset[int]) -> Text:
     return text if widths else Text(NOTHING, style="dim")
 
 
-def _short_names(roles: Sequence[str]) -> list[str]:
-    """Without a last part that they share: q_proj, down_proj -> q, down."""
-    endings = {"_" + role.rpartition("_")[2] if "_" in role else "" for role in roles}
-    short = [role.removesuffix(max(endings)) for role in roles] if len(endings) == 1 else []
-    return short if all(short) and len(set(short)) == len(roles) > 1 else list(roles)
-
-
 def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
     """The lines that a plan, a result and a folder have in common."""
-    kind, value = plan["budget"].get("kind"), plan["budget"].get("value")
-    asked = {
-        "avg_bits": f"{value} true bits per weight on average",
-        "bits": f"{value} bits everywhere",
-        "max_size": f"at most {value} of files of weights",
-        "fit_vram": f"to run in {value} of GPU memory",
-        "plan": "the widths of a plan file",
-    }
     groups = sorted({linear["group_size"] for linear in linears})
     kinds = sorted({"symmetric" if linear["symmetric"] else "asymmetric" for linear in linears})
     return {
-        "Asked for": asked.get(kind),
+        "Asked for": asked_for(plan["budget"]),
         "True bits": f"{plan['bits_per_weight']:.3f} per weight, scales and zeros included",
         "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
         "Widths": _shares(linears, separator=", "),
         "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
-        "Chosen by": None if kind == "plan" else ", ".join(_choice(plan)),
+        "Chosen by": None if plan["budget"].get("kind") == "plan" else ", ".join(_choice(plan)),
     }
 
 

@@ -1,0 +1,62 @@
+"""Positions along an axis, in percent of its length, so that a drawing can be stretched to any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MAX_DECADES = 6  # labelled at once; where there are more, every second or third is
+MARGIN = 0.04  # of the axis on either side, so that no mark is cut off
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A piece of the number line, or of its logarithm."""
+
+    low: float
+    high: float
+    log: bool
+
+    def percent(self, value: float) -> float:
+        """0 at the low end, 100 at the high end; values beyond lie on the end."""
+        if self.log:
+            value = math.log10(value) if value > 0 else self.low
+        share = (value - self.low) / (self.high - self.low)
+        return round(100 * min(1.0, max(0.0, share)), 3)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Position and label of round numbers, rising."""
+        return self._decades() if self.log else [(self.percent(at), f"{at:.6g}") for at in self.round_numbers()]
+
+    def round_numbers(self, most: int = 6) -> list[float]:
+        rough = (self.high - self.low) / most
+        unit = 10 ** math.floor(math.log10(rough))
+        step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [step * count for count in range(first, last + 1)]
+
+    def _decades(self) -> list[tuple[float, str]]:
+        exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
+        factors = (1,) if len(exponents) > 2 else (1, 2, 5)
+        exponents = range(math.floor(self.low), math.floor(self.high) + 1)
+        step = -(-len(exponents) // MAX_DECADES)
+        marks = [(e, factor * 10.0**e, factor) for e in exponents[::step] for factor in factors]
+        return [
+            (self.percent(value), f"{'' if factor == 1 else f'{factor}·'}10{str(exponent).translate(SUPERSCRIPTS)}")
+            for exponent, value, factor in marks
+            if self.low <= math.log10(value) <= self.high
+        ]
+
+
+def axis_of(values: Iterable[float], *, log: bool) -> Axis:
+    """One that shows all finite values, and no others than positive ones when it is logarithmic."""
+    shown = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    ends = [math.log10(value) if log else value for value in shown] or [0.0, 1.0]
+    low, high = min(ends), max(ends)
+    if high - low < (0.5 if log else 1e-12):
+        middle, half = (low + high) / 2, 0.25 if log else max(abs(high), 1.0) / 2
+        low, high = middle - half, middle + half
+    margin = MARGIN * (high - low)
+    return Axis(low=low - margin, high=high + margin, log=log)

@@ -1,0 +1,103 @@
+"""What is known about a quantized folder: what it says itself, and a curve and evaluation figures where there are any.
+
+These files may have been edited, or come from another version: what they must be is checked here or read tolerantly, so
+that the page never fails on a figure that is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmmpq.curve import JSON_FILE as CURVE_FILE
+from llmmpq.errors import CheckpointError
+from llmmpq.inspection import inspect_folder, plan_of
+from llmmpq.output import DIGESTS_FILE, RECIPE_FILE, REPORT_FILE, read_object
+
+RESULTS_FILE = "eval.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """`folder` is what `inspect` says; the rest is None or empty where there is no such file."""
+
+    folder: Mapping[str, Any]
+    measured_kl: float | None
+    report: Mapping[str, Any]
+    digests: Mapping[str, Any]
+    recipe_yaml: str
+    curve: Mapping[str, Any] | None
+    results: Mapping[str, Any] | None
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return mapping(self.folder["provenance"])
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        try:
+            return mapping(yaml.safe_load(self.recipe_yaml))
+        except yaml.YAMLError:
+            return {}
+
+
+def collect(folder: Path, *, pareto: Path | None = None, results: Path | None = None) -> Evidence:
+    """Read the folder, and the curve and the figures that are named or lie in it."""
+    found = inspect_folder(folder)
+    plan = plan_of(folder)
+    curve_file = pareto or _in(folder, CURVE_FILE)
+    results_file = results or _in(folder, RESULTS_FILE)
+    recipe = folder / RECIPE_FILE
+    return Evidence(
+        folder=found,
+        measured_kl=None if plan is None else plan.measured_kl,
+        report=read_object(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {},
+        digests=read_object(folder / DIGESTS_FILE) if (folder / DIGESTS_FILE).is_file() else {},
+        recipe_yaml=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        curve=None if curve_file is None else _read_curve(curve_file, mapping(found["provenance"])),
+        results=None if results_file is None else _read_results(results_file),
+    )
+
+
+def _in(folder: Path, name: str) -> Path | None:
+    return folder / name if (folder / name).is_file() else None
+
+
+def _read_curve(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    curve = read_object(path)
+    points = curve.get("points")
+    keys = ("nbytes", "total_nbytes", "bits_per_weight", "predicted_loss")
+    if curve.get("format") != "llmmpq-pareto" or not isinstance(points, list) or not points:
+        raise CheckpointError(f"{path} is not a curve: give the pareto.json that `llmmpq plan --pareto --out` wrote")
+    for point in points:
+        if any(number(mapping(point).get(key)) is None for key in keys) or point["bits_per_weight"] <= 0:
+            raise CheckpointError(f"{path}: a point is {str(point)[:80]}, expected numbers for {', '.join(keys)}")
+    mine = mapping(provenance.get("model_files"))
+    others = mapping(mapping(curve.get("provenance")).get("model_files"))
+    if mine and others and dict(mine) != dict(others):
+        raise CheckpointError(f"{path} is the curve of another model (the digests of its files differ): make it anew")
+    return curve
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    results = read_object(path)
+    if number(results.get("perplexity")) is None and not mapping(results.get("kl")):
+        raise CheckpointError(
+            f"{path} holds neither 'perplexity' nor 'kl': give what `llmmpq eval DIR --baseline MODEL --json` printed"
+        )
+    return results
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is one with names, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a finite number, else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
