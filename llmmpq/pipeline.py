@@ -32,10 +32,21 @@ from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import Plan
+from llmmpq.report.page import write_page
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage
 
-__all__ = ["check", "evaluate", "generate", "inspect", "load_model", "make_plans", "quantize_model", "trace_curve"]
+__all__ = [
+    "check",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_model",
+    "make_plans",
+    "quantize_model",
+    "trace_curve",
+    "write_report",
+]
 
 
 def quantize_model(
@@ -189,6 +200,22 @@ def check(
 def inspect(folder: Path) -> dict[str, Any]:
     """What a quantized folder holds, and whether it is still what was written."""
     return inspect_folder(folder)
+
+
+def write_report(
+    folder: Path, *, out: Path | None = None, pareto: Path | None = None, results: Path | None = None
+) -> dict[str, Any]:
+    """One HTML page on a quantized folder; without `out` in the current folder, named after it."""
+    out = out or Path(f"{folder.resolve().name}-report.html")
+    evidence = write_page(folder, out, pareto=pareto, results=results)
+    return {
+        "out": str(out),
+        "nbytes": out.stat().st_size,
+        "has_sensitivity": bool(evidence.report.get("sensitivity")),
+        "has_curve": evidence.curve is not None,
+        "has_results": evidence.results is not None,
+        "problems": list(evidence.folder["problems"]),
+    }
 
 
 def _write(

@@ -171,6 +171,19 @@ def show_inspected(console: Console, result: Row) -> None:
         _say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
 
 
+def show_report(console: Console, result: Row) -> None:
+    _say(console, f"Written to {result['out']} ({size(result['nbytes'])}): open it in any browser.")
+    missing = {
+        "has_sensitivity": "what each width costs: nothing was measured for this folder",
+        "has_curve": "the curve of loss against size: --pareto takes what `llmmpq plan --pareto --out` wrote",
+        "has_results": "evaluation figures: --results takes what `llmmpq eval --json` printed",
+    }
+    for key, sentence in missing.items():
+        if not result[key]:
+            _say(console, f"Not in it is {sentence}.")
+    _show_alarms(console, "problem", result["problems"])
+
+
 def show_evaluated(console: Console, result: Row) -> None:
     models = [result] if result.get("baseline") is None else [result, result["baseline"]]
     table = _table("", *(model["model"] for model in models), right=(1, 2))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MAX_DECADES = 6  # labelled at once; where there are more, every second or third is
+SHORT = 1.7  # decades: an axis that may hold only one power of ten also shows its doubles and fives
 MARGIN = 0.04  # of the axis on either side, so that no mark is cut off
 
 
@@ -38,15 +39,14 @@ class Axis:
         return [step * count for count in range(first, last + 1)]
 
     def _decades(self) -> list[tuple[float, str]]:
-        exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
-        factors = (1,) if len(exponents) > 2 else (1, 2, 5)
         exponents = range(math.floor(self.low), math.floor(self.high) + 1)
+        factors = (1,) if self.high - self.low > SHORT else (1, 2, 5)
         step = -(-len(exponents) // MAX_DECADES)
-        marks = [(e, factor * 10.0**e, factor) for e in exponents[::step] for factor in factors]
+        marks = [(math.log10(factor) + e, factor, e) for e in exponents[::step] for factor in factors]
         return [
-            (self.percent(value), f"{'' if factor == 1 else f'{factor}·'}10{str(exponent).translate(SUPERSCRIPTS)}")
-            for exponent, value, factor in marks
-            if self.low <= math.log10(value) <= self.high
+            (self.percent(10**at), f"{'' if factor == 1 else f'{factor}·'}10{str(exponent).translate(SUPERSCRIPTS)}")
+            for at, factor, exponent in marks
+            if self.low <= at <= self.high
         ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 Linear = Mapping[str, Any]
 
-MAX_PANEL_ROWS = 20  # four panels for 80 blocks: as many as fit beside each other
+MAX_PANEL_ROWS = 27  # three panels for 80 blocks: as many as fit beside each other
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,30 @@ class Evidence:
         except yaml.YAMLError:
             return {}
 
+    @property
+    def is_local(self) -> bool:
+        """Whether losses are errors of block outputs, not KL."""
+        return bool(self.folder["method"] == "local")
+
+    @property
+    def loss_unit(self) -> str:
+        return "relative error of block outputs" if self.is_local else "KL, nats per token"
+
+    @property
+    def losses(self) -> dict[str, dict[int, float]]:
+        """Name -> width -> what that width alone costs; for the matrices of the plan."""
+        losses = mapping(mapping(self.report.get("sensitivity")).get("losses"))
+        found = {}
+        for linear in self.folder["linears"]:
+            options = {
+                int(bits): float(loss)
+                for bits, loss in mapping(losses.get(linear["name"])).items()
+                if str(bits).isdecimal() and number(loss) is not None
+            }
+            if options:
+                found[linear["name"]] = dict(sorted(options.items()))
+        return found
+
 
 def collect(folder: Path, *, pareto: Path | None = None, results: Path | None = None) -> Evidence:
     """Read the folder, and the curve and the figures that are named or lie in it."""

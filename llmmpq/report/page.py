@@ -14,7 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from llmmpq import __version__
 from llmmpq.errors import CheckpointError
 from llmmpq.model.checkpoint import write_text
-from llmmpq.report import sections
+from llmmpq.report import charts, figures, sections
 from llmmpq.report.evidence import Evidence, collect
 
 PAGE_FILE, STYLE_FILE = "page.html", "style.css"
@@ -43,9 +43,14 @@ def render(evidence: Evidence) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"figure": sections.figure, "percent": sections.percent, "size": sections.size}
+    environment.filters |= {"figure": figures.figure}
     page = environment.get_template(PAGE_FILE).render(
-        evidence=evidence, folder=evidence.folder, sections=sections, style=_read(STYLE_FILE), version=__version__
+        evidence=evidence,
+        folder=evidence.folder,
+        sections=sections,
+        charts=charts,
+        style=_read(STYLE_FILE),
+        version=__version__,
     )
     # JSON may hold halves of a character, which no file can.
     return page.encode("utf-8", "replace").decode()
