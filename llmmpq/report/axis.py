@@ -9,6 +9,7 @@ from dataclasses import dataclass
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MAX_DECADES = 6  # labelled at once; where there are more, every second or third is
 SHORT = 1.7  # decades: an axis that may hold only one power of ten also shows its doubles and fives
+LEAST_DECADES, LEAST_SHARE = 0.5, 0.02  # what an axis spans at least, so that its labels differ
 MARGIN = 0.04  # of the axis on either side, so that no mark is cut off
 
 
@@ -55,8 +56,8 @@ def axis_of(values: Iterable[float], *, log: bool) -> Axis:
     shown = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     ends = [math.log10(value) if log else value for value in shown] or [0.0, 1.0]
     low, high = min(ends), max(ends)
-    if high - low < (0.5 if log else 1e-12):
-        middle, half = (low + high) / 2, 0.25 if log else max(abs(high), 1.0) / 2
-        low, high = middle - half, middle + half
+    least = LEAST_DECADES if log else LEAST_SHARE * max(abs(low), abs(high)) or 1.0
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     margin = MARGIN * (high - low)
     return Axis(low=low - margin, high=high + margin, log=log)

@@ -208,21 +208,19 @@ class DivergenceView:
     sentence: str
 
 
-KL_NAMES = {"mean": "mean", "median": "median", "p90": "90th percentile", "p99": "99th percentile"}
+KL_FIGURES = ("mean", "median", "p90", "p99")
 
 
 def divergence(evidence: Evidence) -> DivergenceView | None:
     """Predicted, measured and evaluated KL on one axis."""
     predicted = None if evidence.is_local else number(evidence.folder["predicted_loss"])
     measured = number(evidence.measured_kl)
-    kl = mapping(mapping(evidence.results).get("kl"))
-    floor = kl.get("noise_floor")
-    floor = mapping(floor).get("mean") if isinstance(floor, Mapping) else floor
+    kl = evidence.kl
     rows = [
         ("Predicted by the plan", predicted, "predicted"),
         ("Measured on the probe", measured, "measured"),
-        *((f"Evaluation, {name}", number(kl.get(key)), "evaluated") for key, name in KL_NAMES.items()),
-        ("Noise floor of the evaluation", number(floor), "floor"),
+        *((f"Evaluation: {key}", number(kl.get(key)), "evaluated") for key in KL_FIGURES),
+        ("Noise floor of the evaluation", number(kl.get("noise_floor")), "floor"),
         (
             "Noise floor of the probe",
             number(mapping(evidence.report.get("sensitivity")).get("rounding_kl")),

@@ -20,6 +20,7 @@ from llmmpq.inspection import inspect_folder, plan_of
 from llmmpq.output import DIGESTS_FILE, RECIPE_FILE, REPORT_FILE, read_object
 
 RESULTS_FILE = "eval.json"
+KINDS_OF_RESULTS = ("kl", "divergence", "results")  # the last are those of lm-eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Evidence:
     recipe_yaml: str
     curve: Mapping[str, Any] | None
     results: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Of the folder, without where it lies: the page is for others."""
+        return Path(self.folder["folder"]).resolve().name
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -68,6 +74,19 @@ class Evidence:
             if options:
                 found[linear["name"]] = dict(sorted(options.items()))
         return found
+
+    @property
+    def kl(self) -> Mapping[str, Any]:
+        """Figures of the evaluation by their plain names: mean, median, p90, p99, top1_agreement, noise_floor (a mean).
+
+        Evaluations by others may nest and call them otherwise.
+        """
+        results = mapping(self.results)
+        figures = {**mapping(results.get("divergence")), **mapping(results.get("kl"))}
+        floor = figures.get("noise_floor", results.get("noise_floor"))
+        if isinstance(floor, Mapping):
+            floor = floor.get("kl_mean", floor.get("mean"))
+        return {str(key).removeprefix("kl_"): value for key, value in figures.items()} | {"noise_floor": floor}
 
 
 def collect(folder: Path, *, pareto: Path | None = None, results: Path | None = None) -> Evidence:
@@ -110,9 +129,10 @@ def _read_curve(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_results(path: Path) -> dict[str, Any]:
     results = read_object(path)
-    if number(results.get("perplexity")) is None and not mapping(results.get("kl")):
+    if number(results.get("perplexity")) is None and not any(mapping(results.get(key)) for key in KINDS_OF_RESULTS):
         raise CheckpointError(
-            f"{path} holds neither 'perplexity' nor 'kl': give what `llmmpq eval DIR --baseline MODEL --json` printed"
+            f"{path} holds no 'perplexity', {' or '.join(map(repr, KINDS_OF_RESULTS))}: give what "
+            "`llmmpq eval DIR --baseline MODEL --json` printed"
         )
     return results
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmmpq.allocate.budget import asked_for, parts_of, readable
@@ -27,7 +27,7 @@ def title_of(evidence: Evidence) -> str:
 
 def model_name(evidence: Evidence) -> str:
     model = evidence.provenance.get("model")
-    return str(model) if model else str(evidence.folder["folder"])
+    return str(model) if model else evidence.name
 
 
 # Summary
@@ -48,7 +48,7 @@ def cards(evidence: Evidence) -> list[tuple[str, str, str]]:
     if evidence.measured_kl is not None:
         found.append(("Measured KL", figure(evidence.measured_kl), "nats per token, on the probe"))
     if folder["optimality_gap"] is not None:
-        found.append(("From the best plan", f"≤ {percent(folder['optimality_gap'])}", "proven, for what was measured"))
+        found.append(("Gap", f"≤ {percent(folder['optimality_gap'])}", "from the best plan, for what was measured"))
     results = evidence.results or {}
     if number(results.get("extra_nll")) is not None:
         found.append(("Extra loss", f"{results['extra_nll']:+.4f}", "nats per token, on evaluation text"))
@@ -182,20 +182,29 @@ def evaluation(evidence: Evidence) -> dict[str, Any] | None:
             ("Tokens per second", "tokens_per_second", lambda value: fixed(value, 0)),
         )
     ]
-    agreement = number(mapping(results.get("kl")).get("top1_agreement"))
+    agreement = number(evidence.kl.get("top1_agreement"))
     if agreement is not None:
         rows.append(("Same likeliest token", f"{100 * agreement:.2f} %", NOTHING))
-    rows = [row for row in rows if row[1:] != (NOTHING, NOTHING)]
+    rows = [row for row in [*rows, *_task_rows(results, baseline)] if row[1:] != (NOTHING, NOTHING)]
     num_tokens, window = number(results.get("num_tokens")), number(results.get("window"))
     text = str(results["text"]) if isinstance(results.get("text"), str) else "a text that is not named"
-    told = f"{int(num_tokens):,} tokens of {text}" if num_tokens is not None else text
+    told = f"{int(num_tokens):,} tokens of {text}" if num_tokens is not None else f"On {text}"
     return {
         "rows": rows,
-        "baseline": str(baseline.get("model", "baseline")) if baseline else None,
+        "baseline": str(baseline.get("model", "not named")) if baseline else None,
         "extra_nll": number(results.get("extra_nll")),
         "on": told + ("" if window is None else f", in windows of {int(window):,}"),
         "remark": _other_model(evidence),
     }
+
+
+def _task_rows(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The figures of lm-eval, by the names it gives them, without their errors."""
+    for task, found in mapping(results.get("results")).items():
+        others = mapping(mapping(baseline.get("results")).get(task))
+        for name, value in mapping(found).items():
+            if number(value) is not None and "_stderr" not in str(name):
+                yield f"{task}: {str(name).partition(',')[0]}", fixed(value, 4), fixed(others.get(name), 4)
 
 
 def _other_model(evidence: Evidence) -> str:
