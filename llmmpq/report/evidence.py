@@ -27,6 +27,7 @@ KINDS_OF_RESULTS = ("kl", "divergence", "results")  # the last are those of lm-e
 class Evidence:
     """`folder` is what `inspect` says; the rest is None or empty where there is no such file."""
 
+    name: str  # of the folder, without where it lies: the page is for others
     folder: Mapping[str, Any]
     measured_kl: float | None
     report: Mapping[str, Any]
@@ -34,11 +35,6 @@ class Evidence:
     recipe_yaml: str
     curve: Mapping[str, Any] | None
     results: Mapping[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        """Of the folder, without where it lies: the page is for others."""
-        return Path(self.folder["folder"]).resolve().name
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -97,6 +93,7 @@ def collect(folder: Path, *, pareto: Path | None = None, results: Path | None = 
     results_file = results or _in(folder, RESULTS_FILE)
     recipe = folder / RECIPE_FILE
     return Evidence(
+        name=folder.resolve().name,
         folder=found,
         measured_kl=None if plan is None else plan.measured_kl,
         report=read_object(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {},

@@ -65,6 +65,7 @@ def make_evidence(num_blocks: int = 2, name: str = "user/model", **changes: Any)
         for n in range(nbytes // 2, 2 * nbytes, nbytes // 4)
     ]
     known: dict[str, Any] = {
+        "name": name,
         "folder": folder,
         "measured_kl": 0.018,
         "report": {
