@@ -22,6 +22,7 @@ class BitMap:
 
     roles: Sequence[str]
     blocks: Mapping[int, Cells]
+    outside: Mapping[str, frozenset[int]]  # by role: an output head
 
     def merged(self) -> list[tuple[str, Cells]]:
         """Runs of equal blocks become one row, '4-11'."""
@@ -39,10 +40,21 @@ def bit_map(linears: Iterable[Mapping[str, Any]]) -> BitMap:
     for linear in linears:
         roles[linear["role"]] = None
         widths[linear["block"]][linear["role"]].add(linear["bits"])
+    apart = outside_blocks(widths)
+    inside = {block: cells for block, cells in sorted(widths.items()) if block not in apart}
+    columns = [role for role in roles if any(role in cells for cells in inside.values())]
     return BitMap(
-        roles=list(roles),
-        blocks={block: tuple(frozenset(cells[role]) for role in roles) for block, cells in sorted(widths.items())},
+        roles=columns,
+        blocks={block: tuple(frozenset(cells[role]) for role in columns) for block, cells in inside.items()},
+        outside={role: frozenset(found) for block in apart for role, found in widths[block].items()},
     )
+
+
+def outside_blocks(blocks: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """What a plan counts as one block after the last: it shares no role with any other."""
+    last = max(blocks)
+    others = {role for block, cells in blocks.items() if block != last for role in cells}
+    return [last] if others and not others & set(blocks[last]) else []
 
 
 def short_names(roles: Sequence[str]) -> list[str]:
@@ -57,9 +69,8 @@ def as_text(shown: BitMap) -> str:
     rows = [["block", *short_names(shown.roles)]]
     rows += [[label, *map(_numbers, cells)] for label, cells in shown.merged()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{role}: {_numbers(cell)}" for role, cell in shown.outside.items()])
 
 
 def _numbers(widths: frozenset[int]) -> str:

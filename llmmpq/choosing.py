@@ -38,20 +38,27 @@ def choose_plan(job: Job, budget: dict[str, Any] | None = None) -> Plan:
     session, allocation = job.session, job.session.recipe.allocation
     budget = budget or budget_of(session)
     nbytes = budget["nbytes"]
-    if budget["kind"] == "bits" or allocation.method == "uniform":
+    sensitivity = measured(job, budget)
+    if sensitivity is None:
         problem = unmeasured_problem(session)
         solution = uniform(problem, nbytes)
         if budget["kind"] == "bits":
             budget["nbytes"] = solution.nbytes  # pins may ask for more or less than the width itself
         return to_plan(problem, solution, method="uniform", budget=budget, measured=False)
-    measure, with_pairs = METHODS[allocation.method]
-    sensitivity = measure(job)
     for warning in sensitivity.warnings:
         job.progress.note(warning)
-    plan = _solved(job, sensitivity, nbytes, budget, with_pairs=with_pairs)
+    plan = _solved(job, sensitivity, nbytes, budget, with_pairs=METHODS[allocation.method][1])
     # Refining goes by the quadratic model that `pairs` is there to be held against.
     refines = allocation.method == "iqp" and allocation.refine
     return _refined(job, plan, nbytes, budget) if refines else plan
+
+
+def measured(job: Job, budget: dict[str, Any] | None = None) -> Sensitivity | None:
+    """What the recipe's method measures, taken from the work folder the second time; None where nothing is measured."""
+    method = job.session.recipe.allocation.method
+    if (budget or budget_of(job.session))["kind"] == "bits" or method == "uniform":
+        return None
+    return METHODS[method][0](job)
 
 
 def _solved(job: Job, sensitivity: Sensitivity, nbytes: int, budget: dict[str, object], *, with_pairs: bool) -> Plan:

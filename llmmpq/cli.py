@@ -126,10 +126,10 @@ def _run(arguments: list[str], ranks: Ranks) -> int:
 
 
 def _with_values(arguments: Sequence[str]) -> Iterator[str]:
-    """`--pareto` alone stands for `--pareto 24`; typer knows no option whose value may be left out."""
+    """In `plan`, `--pareto` alone stands for `--pareto 24`; typer knows no option whose value may be left out."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         yield argument
-        if argument == "--pareto" and not following.removeprefix("-").isdecimal():
+        if arguments[0] == "plan" and argument == "--pareto" and not following.removeprefix("-").isdecimal():
             yield str(NUM_BUDGETS)
 
 
@@ -340,6 +340,39 @@ def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
     _show(tables.show_inspected, result, as_json=as_json)
     if result["problems"]:
         raise typer.Exit(EXIT_MISTAKE)
+
+
+@app.command()
+def report(
+    folder: FolderArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="<file.html>", show_default=False, help="The page (<folder>-report.html here)."),
+    ] = None,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            "--pareto",
+            metavar="<file>",
+            show_default=False,
+            help="Draw this curve, as `plan --pareto` wrote it; else pareto.json of the folder, if there.",
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            metavar="<file>",
+            show_default=False,
+            help="Show these figures, as `eval --json` printed them; else eval.json of the folder, if there.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML page on a quantized folder: bits, sensitivity, size against loss, figures, provenance."""
+    with _pipeline(quiet=True) as (pipeline, _):
+        result = pipeline.write_report(Path(folder), out=out, pareto=pareto, results=results)
+    _show(tables.show_report, result, as_json=as_json)
 
 
 @app.command("eval")

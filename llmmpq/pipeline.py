@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llmmpq.budgets import budget_of
-from llmmpq.choosing import choose_plan
+from llmmpq.choosing import choose_plan, measured
 from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
 from llmmpq.errors import CheckpointError, HubError, LlmmpqError, RecipeError
 from llmmpq.execute import fallbacks
@@ -25,7 +25,7 @@ from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
-from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
+from llmmpq.output import EDITED, PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
@@ -34,6 +34,7 @@ from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import Plan
+from llmmpq.report.page import write_page
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage
 
@@ -49,6 +50,7 @@ __all__ = [
     "quantize_model",
     "run_tasks",
     "trace_curve",
+    "write_report",
 ]
 
 
@@ -221,6 +223,22 @@ def inspect(folder: Path) -> dict[str, Any]:
     return inspect_folder(folder)
 
 
+def write_report(
+    folder: Path, *, out: Path | None = None, pareto: Path | None = None, results: Path | None = None
+) -> dict[str, Any]:
+    """One HTML page on a quantized folder; without `out` in the current folder, named after it."""
+    out = out or Path(f"{folder.resolve().name}-report.html")
+    evidence = write_page(folder, out, pareto=pareto, results=results)
+    return {
+        "out": str(out),
+        "nbytes": out.stat().st_size,
+        "has_sensitivity": bool(evidence.report.get("sensitivity")),
+        "has_curve": evidence.curve is not None,
+        "has_results": evidence.results is not None,
+        "problems": list(evidence.folder["problems"]),
+    }
+
+
 def _write(
     session: Session,
     out: Path,
@@ -262,6 +280,9 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
     """What a reader must know of how the folder came to be. No times: equal runs write equal bytes."""
     session = job.session
     warnings = list(job.tokens.notes)
+    sensitivity = None if plan.method == EDITED else measured(job)
+    if sensitivity is not None:
+        warnings += sensitivity.warnings
     if session.skeleton.ignored:
         warnings.append(
             f"{len(session.skeleton.ignored)} tensors of the checkpoint are not used by the model and were left out, "
@@ -277,6 +298,7 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
         "linears": dict(notes),
         "bits_per_weight": plan.bits_per_weight,
         "source_nbytes": session.checkpoint.nbytes,
+        "sensitivity": None if sensitivity is None else sensitivity.summary(),
     }
 
 

@@ -164,6 +164,21 @@ class Sensitivity:
             "quadratic": None if self.quadratic is None else self.quadratic.to_json(),
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What a reader wants to see of it, without the pairs: for `report.json`."""
+        return {
+            "kind": "block_error" if self.quadratic is None else "kl",
+            "num_tokens": self.num_tokens,
+            "rounding_kl": None if self.quadratic is None else self.quadratic.rounding_kl,
+            "losses": {
+                spec.name: {
+                    str(scheme.bits): float(f"{loss:.6g}")
+                    for scheme, loss in zip(self.options[spec.name], self.losses[spec.name], strict=True)
+                }
+                for spec in self.linears
+            },
+        }
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> Sensitivity:
         """The arrays of the quadratic model lie apart from the JSON."""

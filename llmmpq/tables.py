@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from llmmpq.allocate.budget import parts_of
+from llmmpq.allocate.budget import asked_for, parts_of
 from llmmpq.bitmap import bit_map, short_names
 from llmmpq.progress import duration
 
@@ -172,6 +172,19 @@ def show_inspected(console: Console, result: Row) -> None:
         _say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
 
 
+def show_report(console: Console, result: Row) -> None:
+    _say(console, f"Written to {result['out']} ({size(result['nbytes'])}): open it in any browser.")
+    missing = {
+        "has_sensitivity": "what each width costs: nothing was measured for this folder",
+        "has_curve": "the curve of loss against size: --pareto takes what `llmmpq plan --pareto --out` wrote",
+        "has_results": "evaluation figures: --results takes what `llmmpq eval --json` printed",
+    }
+    for key, sentence in missing.items():
+        if not result[key]:
+            _say(console, f"Not in it is {sentence}.")
+    _show_alarms(console, "problem", result["problems"])
+
+
 def show_evaluated(console: Console, result: Row) -> None:
     models = [result] if result.get("baseline") is None else [result, result["baseline"]]
     table = _table("", *(model["model"] for model in models), right=(1, 2))
@@ -268,6 +281,8 @@ def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
     grid = Table.grid(padding=(0, 4))
     grid.add_row(*panels)
     console.print(grid)
+    for role, cell in shown.outside.items():
+        _say(console, f"{role}: {_cell(cell)} bits")
     if any(not cell for _, cells in rows for cell in cells):
         _say(console, f"{NOTHING} holds no quantized matrix")
 
@@ -297,23 +312,15 @@ def _cell(widths: frozenset[int]) -> Text:
 
 def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
     """The lines that a plan, a result and a folder have in common."""
-    kind, value = plan["budget"].get("kind"), plan["budget"].get("value")
-    asked = {
-        "avg_bits": f"{value} true bits per weight on average",
-        "bits": f"{value} bits everywhere",
-        "max_size": f"at most {value} of files of weights",
-        "fit_vram": f"to run in {value} of GPU memory",
-        "plan": "the widths of a plan file",
-    }
     groups = sorted({linear["group_size"] for linear in linears})
     kinds = sorted({"symmetric" if linear["symmetric"] else "asymmetric" for linear in linears})
     return {
-        "Asked for": asked.get(kind),
+        "Asked for": asked_for(plan["budget"]),
         "True bits": f"{plan['bits_per_weight']:.3f} per weight, scales and zeros included",
         "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
         "Widths": _shares(linears, separator=", "),
         "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
-        "Chosen by": None if kind == "plan" else ", ".join(_choice(plan)),
+        "Chosen by": None if plan["budget"].get("kind") == "plan" else ", ".join(_choice(plan)),
     }
 
 

@@ -6,10 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import browser
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -18,6 +20,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[browser.Browser]:
+    """A browser, started once for all tests of a process."""
+    program = browser.find_chromium()
+    if program is None:
+        pytest.skip(f"needs a browser: none of {', '.join(browser.NAMES)} is installed")
+    with browser.running(program) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

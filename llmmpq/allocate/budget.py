@@ -47,6 +47,18 @@ def describe(budget: Mapping[str, Any]) -> str:
     return f"{flags} --context {budget['context']}{several}"
 
 
+def asked_for(budget: Mapping[str, Any]) -> str | None:
+    """The budget as a person would say it; None for one that is not known."""
+    value = budget.get("value")
+    return {
+        "avg_bits": f"{value} true bits per weight on average",
+        "bits": f"{value} bits everywhere",
+        "max_size": f"at most {value} of files of weights",
+        "fit_vram": f"to run in {value} of GPU memory",
+        "plan": "the widths of a plan file",
+    }.get(str(budget.get("kind")))
+
+
 def parts_of(budget: Mapping[str, Any], quantized_nbytes: int) -> dict[str, int]:
     """What `total_nbytes` goes to, in words; empty for a budget that limits the quantized linears alone."""
     if "reserved" not in budget:

@@ -18,6 +18,7 @@ FLAGS = {
     "check": f"{SHARED} --bits --overwrite",
     "plan": f"{SHARED} --pareto",
     "inspect": "--json",
+    "report": "--out --pareto --results --json",
     "eval": """--baseline --text --window --stride --tokens --kl-tokens --cache-dir --tasks --limit --num-fewshot
 --batch-size --include-path --out --device --dtype --quiet --json""",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",
@@ -27,7 +28,16 @@ TAKES_MODEL = ("quantize", "check", "plan")
 
 
 def test_the_verbs_are_exactly_these_in_this_order():
-    assert list(get_command(app).commands) == ["quantize", "check", "plan", "inspect", "eval", "generate", "push"]
+    assert list(get_command(app).commands) == [
+        "quantize",
+        "check",
+        "plan",
+        "inspect",
+        "report",
+        "eval",
+        "generate",
+        "push",
+    ]
 
 
 def test_before_a_verb_there_is_only_the_version():
