@@ -25,7 +25,7 @@ from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
-from llmmpq.output import EDITED, PLAN_FILE, OutputSpec, claim_output, read_plan, write_output
+from llmmpq.output import EDITED, PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
@@ -77,6 +77,7 @@ def quantize_model(
     if plan is None:
         check_budget(session)
     if publish is not None:
+        ranks.from_first(lambda: refuse_output(out))  # before a repository is made for it
         destination = publish
         ranks.from_first(lambda: check_destination(destination, out))
     kept_nbytes = sum(tensor.nbytes for tensor in session.skeleton.kept)

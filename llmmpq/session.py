@@ -16,7 +16,7 @@ from llmmpq.allocate.problem import match_pins
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
 from llmmpq.model.skeleton import Skeleton, build_skeleton
-from llmmpq.model.source import companion_files, resolve_model
+from llmmpq.model.source import companion_files, is_hub_name, resolve_model
 from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens, split_windows
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Recipe
@@ -140,8 +140,8 @@ def open_session(recipe: Recipe, *, ranks: Ranks = ALONE) -> Session:
     resolved: dict[str, Any] = {"run.device": device_name, "run.dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cpu":
         resolved["run.threads"] = torch.get_num_threads()  # sums in another order end in other bits
-    if folder.parent.name == "snapshots":
-        resolved["revision"] = folder.name  # the commit that a Hub name stood for
+    if is_hub_name(recipe.model):
+        resolved["revision"] = folder.name  # the commit that the name stood for
     recipe = recipe.override(resolved, source="resolved recipe")
     return Session(
         recipe=recipe,

@@ -66,9 +66,11 @@ def show_plans(console: Console, result: Row) -> None:
         parts = _part_rows(budget.get("total_nbytes"), parts_of(budget, nbytes))
         _show_rows(console, {**_plan_rows(plans[0], linears), **parts, "Size": f"{size(nbytes)} in these matrices"})
     elif plans:
-        table = _table(
-            "asked", "true bits", "code bits", "size", "predicted loss", "gap", "weights by width", right=range(6)
-        )
+        # Around a plan another point is the model's middle: only what was measured compares plans then.
+        is_measured = any(plan["measured_kl"] is not None for plan in plans)
+        headers = ["asked", "true bits", "code bits", "size", "predicted loss", "gap"]
+        headers += ["measured KL"] if is_measured else []
+        table = _table(*headers, "weights by width", right=range(len(headers)))
         for plan in plans:
             table.add_row(
                 f"{plan['budget'].get('value', '')}{' of VRAM' if plan['budget'].get('kind') == 'fit_vram' else ''}",
@@ -77,6 +79,7 @@ def show_plans(console: Console, result: Row) -> None:
                 size(plan["nbytes"]),
                 _figure(plan["predicted_loss"]),
                 _gap(plan["optimality_gap"]),
+                *([_figure(plan["measured_kl"])] if is_measured else []),
                 _shares(plan["linears"].values(), separator="\n"),
             )
         console.print(table)

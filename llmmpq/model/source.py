@@ -40,6 +40,14 @@ COMPANION_PATTERNS = (
 )
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether `resolve_model` asks the Hub: neither the packaged model nor a folder here."""
+    try:
+        return model != DEMO and not Path(model).expanduser().is_dir()
+    except RuntimeError:  # ~nobody
+        return not Path(model).is_dir()
+
+
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
     """The folder that holds MODEL, downloading it when it is a Hub id."""
     if model == DEMO:

@@ -349,6 +349,15 @@ def test_quantize_looks_at_the_hub_first_and_pushes_last(hub, folders, calibrati
     assert hub.repos[REPO].files()["plan.json"] == (out / "plan.json").read_bytes()
 
 
+def test_no_repository_is_made_for_an_output_that_cannot_be(hub, folders, capsys, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("somebody's")
+    command = ["quantize", folders("llama"), "--bits", 3, "--calib", "builtin", "--out", out, "--push-to-hub", REPO]
+    assert "holds something else" in mistake(run_here(command, capsys))
+    assert not hub.repos
+
+
 def test_private_alone_says_that_it_would_change_nothing(hub, capsys):
     assert "--push-to-hub" in mistake(run_here(["quantize", "demo", "--private"], capsys))
 

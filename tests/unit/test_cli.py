@@ -573,6 +573,7 @@ def columns_of(text):
         (tables.show_tasks, TASKS | {"baseline": TASKS | {"model": "demo"}}),
         (tables.show_evaluated, EVALUATED),
         (tables.show_check, CHECKED | TOTAL | {"short_groups": []}),
+        (tables.show_plans, {"out": "plans", "plans": [PLAN.to_json(), PLAN.to_json() | {"measured_kl": 0.0405}]}),
         (tables.show_plans, {"out": "plans", "plans": [], "curve": CURVE | {"notes": []}}),
     ],
 )
@@ -626,6 +627,12 @@ def test_roles_too_long_for_the_terminal_become_letters():
     text = text_of(tables.show_plans, {"out": None, "plans": [make_plan(2, roles).to_json()]})
     assert f"a = {roles[0]}" in text
     assert ["block", "a", "b", "c", "d"] in [line.split() for line in text.splitlines()]
+
+
+def test_plans_that_were_measured_say_so():
+    measured = PLAN.to_json() | {"measured_kl": 0.0405}
+    assert "0.0405" in text_of(tables.show_plans, {"out": None, "plans": [PLAN.to_json(), measured]})
+    assert "measured" not in text_of(tables.show_plans, {"out": None, "plans": [PLAN.to_json()] * 2})
 
 
 def test_a_matrix_that_is_not_in_the_plan_shows_as_a_gap():

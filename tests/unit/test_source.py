@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 
 from llmmpq.errors import CheckpointError
 from llmmpq.model import source
-from llmmpq.model.source import companion_files, resolve_model
+from llmmpq.model.source import companion_files, is_hub_name, resolve_model
 
 
 @pytest.fixture
@@ -33,6 +33,15 @@ def hub(monkeypatch):
 
     answer(AssertionError("the Hub was asked"))
     return answer
+
+
+def test_what_is_a_name_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "user" / "snapshots").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [is_hub_name(name) for name in ("demo", "user/snapshots", str(tmp_path), "user/other")] == [
+        *[False] * 3,
+        True,
+    ]
 
 
 def http_error(kind: type, text: str = "no") -> Exception:
