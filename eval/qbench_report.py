@@ -144,7 +144,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, str]], *, title: str, floor_kl:
         axis.set(xlabel="true bits per weight, scales and zeros included", ylabel=label, yscale="log")
         axis.grid(visible=True, which="both", lw=0.3, alpha=0.5)
     axes[1].legend(frameon=False, fontsize=8)
-    hidden = f"; {num_hidden} points at or below zero not drawn" if num_hidden else ""
+    hidden = f"; not drawn, because not above zero: {num_hidden}" if num_hidden else ""
     figure.suptitle(title + hidden, fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
