@@ -299,8 +299,10 @@ def _report(bench: Bench, rows: list[dict[str, str]], missing: Mapping[str, str]
 
 
 def _command(args: argparse.Namespace) -> str:
-    given = [f"--{key} {value}" for key in ("out", "text", "tokens", "csv") if (value := getattr(args, key))]
-    return " ".join(["python eval/qbench.py", str(args.config), *given])
+    """What made the report; of a text only its name, because its folder is this machine's."""
+    given = {key: getattr(args, key) for key in ("out", "text", "tokens", "csv")}
+    given["text"] = args.text and Path(args.text).name
+    return " ".join(["python eval/qbench.py", str(args.config), *(f"--{k} {v}" for k, v in given.items() if v)])
 
 
 if __name__ == "__main__":

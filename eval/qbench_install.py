@@ -65,9 +65,9 @@ def reason_not_installed(tool: str, envs: Path) -> str | None:
         return None
     stamp = envs / tool / STAMP
     if not stamp.is_file():
-        return f"not installed: {envs / tool} is missing or unfinished; --install --only {tool} makes it"
+        return f"not installed: --install --only {tool} makes its environment"
     if stamp.read_text(encoding="utf-8") != describe(tool):
-        return f"{envs / tool} was made with other versions; --install --only {tool} makes it again"
+        return f"installed with other versions: --install --only {tool} makes its environment again"
     return None
 
 

@@ -39,7 +39,7 @@ FIELDS = (
 )
 COLUMNS = ("competitor", "asked", "true bits", "extra NLL", "KL", "same top token", "seconds")
 COLOURS = ("#1f6fb4", "#c1440e", "#2e8b57", "#8a2be2", "#b8860b", "#444444", "#d1478c", "#17a2a2", "#7f7f00", "#000080")
-MARKERS = "osD^vP*Xh<>d"
+MARKERS = "osD^vP*Xh<>d8"  # of another length, so that no two of many curves look the same
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
