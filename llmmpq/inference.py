@@ -60,7 +60,7 @@ def evaluate(
     scoring = Scoring(
         windows=windows,
         stride=stride,
-        num_kl_windows=min(len(windows), max(1, kl_tokens // min(stride, windows.shape[1] - 1))) if kl_tokens else 0,
+        num_kl_windows=min(len(windows), _num_windows_of(kl_tokens, windows.shape[1], stride)),
     )
     reference = None
     if baseline is not None:
@@ -133,6 +133,15 @@ def generate(
     )
 
 
+def _num_windows_of(kl_tokens: int, window: int, stride: int) -> int:
+    """The most windows that score no more than `kl_tokens`, of which the first scores more than those that overlap it.
+
+    One at least, since figures on no token are asked for by 0 alone.
+    """
+    first, next_ones = window - 1, min(stride, window - 1)
+    return 1 + max(0, kl_tokens - first) // next_ones if kl_tokens else 0
+
+
 def _windows(
     model: str, content: str, window: int | str | None, stride: int | None, tokens: int, notes: list[str]
 ) -> torch.Tensor:
@@ -149,10 +158,7 @@ def _windows(
     if stride is not None and stride > length:
         raise RecipeError(f"--stride is {stride}; allowed: 1 to the window of {length}, or no token between is scored")
     tokenizer = load_tokenizer(folder)
-    windows = evaluation_windows(tokenizer, content, length, stride=stride, max_tokens=tokens)
-    if (len(windows) - 1) * (stride or length) + 2 * length > tokens:
-        notes.append(f"No more than the first {tokens:,} tokens are read (--tokens).")
-    return windows
+    return evaluation_windows(tokenizer, content, length, stride=stride, max_tokens=tokens, notes=notes)
 
 
 def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, others: torch.Tensor) -> None:

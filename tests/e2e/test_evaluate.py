@@ -228,7 +228,15 @@ def test_few_tokens_are_compared_where_few_are_asked_for(evaluated: Evaluated, o
     few = evaluated(other, kl_tokens=130)
     assert few["divergence"]["num_tokens"] == 126
     assert few["num_tokens"] == 630
+    # With a stride the first window scores 63 tokens, the others 8 each.
+    assert evaluated(other, kl_tokens=200, stride=8)["divergence"]["num_tokens"] == 63 + 17 * 8
+    assert evaluated(other, kl_tokens=64, stride=8)["divergence"]["num_tokens"] == 63
     assert "divergence" not in evaluated(other, kl_tokens=0)
+
+
+def test_tokens_that_are_not_cut_off_get_no_note(evaluated: Evaluated) -> None:
+    assert evaluated(baseline=None, tokens=700)["notes"] == []  # the text has 700; the last 60 fill no window
+    assert evaluated(baseline=None, tokens=699)["notes"] == ["No more than the first 699 tokens are read (--tokens)."]
 
 
 def test_text_of_a_folder_and_of_a_data_set(
