@@ -172,6 +172,7 @@ def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, other
 def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, progress: Progress) -> dict[str, Any]:
     """Loss and divergence in one pass; the time is that of the model and its loss, without the comparison."""
     original_NV = None if reference is None else reference.logits_NV
+    reader.load()  # not to be timed
     total, seconds, parts = 0.0, 0.0, list[Divergence]()
     with progress.task(f"evaluate {reader.name}", len(scoring.windows), "windows") as advance:
         started = time.perf_counter()

@@ -172,6 +172,7 @@ def _make(
             f"the original's logits on {num_positions:,} tokens take {decimal(4 * num_positions * vocabulary)} in "
             f"{folder}: kept for the next comparison, to be deleted at any time"
         )
+    reader.load()  # below, its errors would be taken for those of the disk
     nll_by_window, shape, hasher = list[float](), [0, vocabulary], hashlib.sha256()
     partial = folder / f"{LOGITS_FILE}.partial"
     try:

@@ -174,6 +174,21 @@ def test_five_models_cost_one_run_of_the_original(
     assert not list(tmp_path.rglob("*partial*"))
 
 
+def test_an_original_that_is_in_the_cache_is_not_loaded(
+    evaluated: Evaluated, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluated(other)
+    loads, plain = list[str](), reading._load
+
+    def load(folder: Path, *arguments: Any) -> Any:
+        loads.append(folder.name)
+        return plain(folder, *arguments)
+
+    monkeypatch.setattr(reading, "_load", load)
+    assert evaluated(other)["divergence"] == first["divergence"]
+    assert loads == [other.name]
+
+
 @pytest.mark.parametrize("damage", ["logits", "figures", "text", "size"])
 def test_a_damaged_cache_is_made_again(damage: str, evaluated: Evaluated, other: Path, tmp_path: Path) -> None:
     first = evaluated(other)
