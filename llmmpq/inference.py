@@ -20,7 +20,7 @@ from llmmpq.model.source import resolve_model
 from llmmpq.model.tokens import evaluation_text, evaluation_windows
 from llmmpq.progress import Progress, Silent
 from llmmpq.reading import Reader, load_model, read_config
-from llmmpq.reference import Reference, Scoring, compare_batch, reference_of
+from llmmpq.reference import Reference, Scoring, compare_batch, reference_of, refuse_other_words
 from llmmpq.session import load_tokenizer, pick_device
 
 __all__ = ["evaluate", "generate", "load_model", "run_tasks"]
@@ -53,6 +53,7 @@ def evaluate(
     baseline is computed in float32 whatever `dtype` says, once: `cache_dir` keeps it.
     """
     progress = progress or Silent()
+    Checkpoint.open(resolve_model(model))  # damage is named here, not after the whole original was read
     name, content = evaluation_text(text, max_chars=MOST_CHARS_PER_TOKEN * tokens)
     notes: list[str] = []
     windows = _windows(model, content, window, stride, tokens, notes)
@@ -67,6 +68,8 @@ def evaluate(
         _refuse_other_tokens(
             model, baseline, windows, _windows(baseline, content, windows.shape[1], stride, tokens, [])
         )
+        if scoring.num_kl_windows:
+            refuse_other_words(_num_words(model), _num_words(baseline))
         reference = reference_of(baseline, scoring, cache_dir=cache_dir, device=device, progress=progress)
     result = _measure(Reader(model, device=device, dtype=dtype), scoring, reference, progress)
     result |= {"text": name, "notes": notes}
@@ -167,6 +170,10 @@ def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, other
             f"{model} and {baseline} split the text into different tokens ({windows.numel()} and {others.numel()} in "
             "whole windows): their tokenizers differ, so perplexities cannot be compared"
         )
+
+
+def _num_words(model: str) -> int:
+    return int(read_config(resolve_model(model)).get_text_config().vocab_size)
 
 
 def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, progress: Progress) -> dict[str, Any]:

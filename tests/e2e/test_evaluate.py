@@ -314,8 +314,23 @@ def test_mistakes_are_one_line(
     assert len(outcome.stderr.splitlines()) == 1
 
 
+def test_a_damaged_model_is_named_before_the_original_is_read(
+    evaluated: Evaluated, other: Path, passes: list[str], tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(other, tmp_path / "damaged")
+    shard = damaged / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(llmmpq.LlmmpqError, match=r"damaged/model\.safetensors .*truncated"):
+        evaluated(damaged)
+    assert passes == []
+
+
 def test_models_of_other_vocabularies_and_disks_that_are_full(
-    evaluated: Evaluated, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: Evaluated,
+    folders: Callable[[str], Path],
+    passes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wide = AutoModelForCausalLM.from_pretrained(folders("llama"))
     wide.resize_token_embeddings(tiny.VOCAB + 8)
@@ -323,10 +338,11 @@ def test_models_of_other_vocabularies_and_disks_that_are_full(
     tiny.tokenizer(tmp_path / "wide")
     with pytest.raises(llmmpq.LlmmpqError, match="know 136 and 128 words"):
         evaluated(tmp_path / "wide")
+    assert passes == []  # known from the configs, before the original is read
     assert evaluated(tmp_path / "wide", kl_tokens=0)["num_tokens"] == 630
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(llmmpq.LlmmpqError, match=r"logits take 322\.6 kB, 1\.0 kB are free in .*--cache-dir"):
-        evaluated(tmp_path / "wide", cache_dir=tmp_path / "full")
+        evaluated(cache_dir=tmp_path / "full")
 
 
 def test_what_is_printed(
