@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmmpq.digest import file_sha256
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.evaluate.divergence import Divergence
 from llmmpq.evaluate.harness import TaskSettings, run_harness
@@ -18,6 +19,7 @@ from llmmpq.inspection import plan_of
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.source import resolve_model
 from llmmpq.model.tokens import evaluation_text, evaluation_windows
+from llmmpq.output import DIGESTS_FILE
 from llmmpq.progress import Progress, Silent
 from llmmpq.reading import Reader, load_model, read_config
 from llmmpq.reference import Reference, Scoring, compare_batch, reference_of, refuse_other_words
@@ -198,7 +200,7 @@ def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, prog
 
 def _figures(model: str, scoring: Scoring, nll: NllResult) -> dict[str, Any]:
     folder = resolve_model(model)
-    plan = plan_of(folder)
+    plan, digests = plan_of(folder), folder / DIGESTS_FILE
     num_read = scoring.windows.numel()
     return {
         "model": model,
@@ -209,5 +211,7 @@ def _figures(model: str, scoring: Scoring, nll: NllResult) -> dict[str, Any]:
         "perplexity": nll.perplexity,
         "bits_per_weight": None if plan is None else plan.bits_per_weight,
         "total_nbytes": Checkpoint.open(folder).nbytes,
+        # Whose figures these are, wherever the folder goes; a plain model has none that is cheap.
+        "digest": None if plan is None or not digests.is_file() else file_sha256(digests),
         "tokens_per_second": num_read / nll.seconds if nll.seconds else None,
     }

@@ -1,5 +1,6 @@
 """`llmmpq eval`: perplexity by its protocols, KL against the original, and the cache that keeps the original."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from tests import tiny
 from tests.e2e.running import run_here
 
 ASSETS = Path(llmmpq.__file__).parent / "assets"
+QUANTIZED = Path(__file__).parents[1] / "golden" / "tiny-llama-v1"
 Evaluated = Callable[..., dict[str, Any]]
 
 
@@ -343,6 +345,17 @@ def test_models_of_other_vocabularies_and_disks_that_are_full(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(llmmpq.LlmmpqError, match=r"logits take 322\.6 kB, 1\.0 kB are free in .*--cache-dir"):
         evaluated(cache_dir=tmp_path / "full")
+
+
+def test_the_digest_says_of_which_folder_the_figures_are(
+    evaluated: Evaluated, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluated(QUANTIZED, kl_tokens=0, tokens=128)
+    assert found["digest"] == hashlib.sha256((QUANTIZED / "digests.json").read_bytes()).hexdigest()
+    assert found["baseline"]["digest"] is None  # a plain model
+    undigested = shutil.copytree(QUANTIZED, tmp_path / "undigested", ignore=shutil.ignore_patterns("digests.json"))
+    outcome = run_here(["eval", undigested, "--text", text, "--window", 64, "--quiet", "--json"], capsys)
+    assert json.loads(outcome.stdout)["digest"] is None
 
 
 def test_what_is_printed(
