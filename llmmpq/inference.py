@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmmpq.digest import file_sha256
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.evaluate.divergence import Divergence
 from llmmpq.evaluate.harness import TaskSettings, run_harness
@@ -18,9 +19,10 @@ from llmmpq.inspection import plan_of
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.source import resolve_model
 from llmmpq.model.tokens import evaluation_text, evaluation_windows
+from llmmpq.output import DIGESTS_FILE
 from llmmpq.progress import Progress, Silent
 from llmmpq.reading import Reader, load_model, read_config
-from llmmpq.reference import Reference, Scoring, compare_batch, reference_of
+from llmmpq.reference import Reference, Scoring, compare_batch, reference_of, refuse_other_words
 from llmmpq.session import load_tokenizer, pick_device
 
 __all__ = ["evaluate", "generate", "load_model", "run_tasks"]
@@ -53,6 +55,7 @@ def evaluate(
     baseline is computed in float32 whatever `dtype` says, once: `cache_dir` keeps it.
     """
     progress = progress or Silent()
+    Checkpoint.open(resolve_model(model))  # damage is named here, not after the whole original was read
     name, content = evaluation_text(text, max_chars=MOST_CHARS_PER_TOKEN * tokens)
     notes: list[str] = []
     windows = _windows(model, content, window, stride, tokens, notes)
@@ -60,13 +63,15 @@ def evaluate(
     scoring = Scoring(
         windows=windows,
         stride=stride,
-        num_kl_windows=min(len(windows), max(1, kl_tokens // min(stride, windows.shape[1] - 1))) if kl_tokens else 0,
+        num_kl_windows=min(len(windows), _num_windows_of(kl_tokens, windows.shape[1], stride)),
     )
     reference = None
     if baseline is not None:
         _refuse_other_tokens(
             model, baseline, windows, _windows(baseline, content, windows.shape[1], stride, tokens, [])
         )
+        if scoring.num_kl_windows:
+            refuse_other_words(_num_words(model), _num_words(baseline))
         reference = reference_of(baseline, scoring, cache_dir=cache_dir, device=device, progress=progress)
     result = _measure(Reader(model, device=device, dtype=dtype), scoring, reference, progress)
     result |= {"text": name, "notes": notes}
@@ -133,6 +138,15 @@ def generate(
     )
 
 
+def _num_windows_of(kl_tokens: int, window: int, stride: int) -> int:
+    """The most windows that score no more than `kl_tokens`, of which the first scores more than those that overlap it.
+
+    One at least, since figures on no token are asked for by 0 alone.
+    """
+    first, next_ones = window - 1, min(stride, window - 1)
+    return 1 + max(0, kl_tokens - first) // next_ones if kl_tokens else 0
+
+
 def _windows(
     model: str, content: str, window: int | str | None, stride: int | None, tokens: int, notes: list[str]
 ) -> torch.Tensor:
@@ -149,10 +163,7 @@ def _windows(
     if stride is not None and stride > length:
         raise RecipeError(f"--stride is {stride}; allowed: 1 to the window of {length}, or no token between is scored")
     tokenizer = load_tokenizer(folder)
-    windows = evaluation_windows(tokenizer, content, length, stride=stride, max_tokens=tokens)
-    if (len(windows) - 1) * (stride or length) + 2 * length > tokens:
-        notes.append(f"No more than the first {tokens:,} tokens are read (--tokens).")
-    return windows
+    return evaluation_windows(tokenizer, content, length, stride=stride, max_tokens=tokens, notes=notes)
 
 
 def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, others: torch.Tensor) -> None:
@@ -163,9 +174,14 @@ def _refuse_other_tokens(model: str, baseline: str, windows: torch.Tensor, other
         )
 
 
+def _num_words(model: str) -> int:
+    return int(read_config(resolve_model(model)).get_text_config().vocab_size)
+
+
 def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, progress: Progress) -> dict[str, Any]:
     """Loss and divergence in one pass; the time is that of the model and its loss, without the comparison."""
     original_NV = None if reference is None else reference.logits_NV
+    reader.load()  # not to be timed
     total, seconds, parts = 0.0, 0.0, list[Divergence]()
     with progress.task(f"evaluate {reader.name}", len(scoring.windows), "windows") as advance:
         started = time.perf_counter()
@@ -184,7 +200,7 @@ def _measure(reader: Reader, scoring: Scoring, reference: Reference | None, prog
 
 def _figures(model: str, scoring: Scoring, nll: NllResult) -> dict[str, Any]:
     folder = resolve_model(model)
-    plan = plan_of(folder)
+    plan, digests = plan_of(folder), folder / DIGESTS_FILE
     num_read = scoring.windows.numel()
     return {
         "model": model,
@@ -195,5 +211,7 @@ def _figures(model: str, scoring: Scoring, nll: NllResult) -> dict[str, Any]:
         "perplexity": nll.perplexity,
         "bits_per_weight": None if plan is None else plan.bits_per_weight,
         "total_nbytes": Checkpoint.open(folder).nbytes,
+        # Whose figures these are, wherever the folder goes; a plain model has none that is cheap.
+        "digest": None if plan is None or not digests.is_file() else file_sha256(digests),
         "tokens_per_second": num_read / nll.seconds if nll.seconds else None,
     }

@@ -34,7 +34,10 @@ STATES_SHARE = 0.25  # of the free memory: the states of as many windows ride th
 
 
 class Reader:
-    """A model on a device, in memory or streamed, for as long as this object lives."""
+    """A model on a device, in memory or streamed, for as long as this object lives.
+
+    Weights are read with the first logits: who finds these in a cache needs no more than the config.
+    """
 
     def __init__(self, model: str, *, device: str = "auto", dtype: str = "auto") -> None:
         self.name, self.folder = model, resolve_model(model)
@@ -42,11 +45,11 @@ class Reader:
         # Damage, missing shards and pickled weights are named here, before anything is loaded.
         self.checkpoint = Checkpoint.open(self.folder)
         self._wanted = wanted_dtype(dtype, self.device)
+        self._loaded: PreTrainedModel | None = None
         needed, free = self._needed_nbytes(), free_nbytes(self.device)
-        self.loaded: PreTrainedModel | None = None
-        if needed <= WEIGHTS_SHARE * free or is_quantized(self.folder):
-            self.loaded = _load(self.folder, self.device, self._wanted)
-            self.config: PreTrainedConfig = self.loaded.config
+        self.is_held = needed <= WEIGHTS_SHARE * free or is_quantized(self.folder)
+        if self.is_held:
+            self.config: PreTrainedConfig = read_config(self.folder)
         else:
             reason = f"its weights take {decimal(needed)}, {decimal(free)} of memory are free"
             try:
@@ -55,10 +58,19 @@ class Reader:
                 raise UnsupportedModelError(f"{model} cannot be held ({reason}) nor streamed: {error}") from None
             self.config = self._skeleton.model.config
 
+    def load(self) -> PreTrainedModel | None:
+        """The model in memory, None where it is streamed; logits call this themselves.
+
+        For those who would take the time or the errors of loading for something else.
+        """
+        if self.is_held and self._loaded is None:
+            self._loaded = _load(self.folder, self.device, self._wanted)
+        return self._loaded
+
     @property
     def dtype(self) -> torch.dtype:
-        if self.loaded is not None:
-            return self.loaded.dtype
+        if (model := self.load()) is not None:
+            return model.dtype
         return self._wanted if isinstance(self._wanted, torch.dtype) else self._stored_dtype()
 
     def batch(self, window: int) -> int:
@@ -76,8 +88,8 @@ class Reader:
                 f"the logits of one window of {window} tokens take {decimal(nbytes)}, {decimal(free)} of memory are "
                 "free: give a smaller --window"
             )
-        if self.loaded is not None:
-            yield from whole_logits(self.loaded, windows, batch=batch)
+        if (model := self.load()) is not None:
+            yield from whole_logits(model, windows, batch=batch)
             return
         text_config = self.config.get_text_config()
         per_batch = batch * window * int(text_config.hidden_size) * self.dtype.itemsize

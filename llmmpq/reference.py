@@ -172,6 +172,7 @@ def _make(
             f"the original's logits on {num_positions:,} tokens take {decimal(4 * num_positions * vocabulary)} in "
             f"{folder}: kept for the next comparison, to be deleted at any time"
         )
+    reader.load()  # below, its errors would be taken for those of the disk
     nll_by_window, shape, hasher = list[float](), [0, vocabulary], hashlib.sha256()
     partial = folder / f"{LOGITS_FILE}.partial"
     try:
@@ -228,13 +229,17 @@ def compare_batch(
     other_NV = scoring.positions(first, logits)
     if not len(other_NV):
         return
-    if other_NV.shape[1] != original_NV.shape[1]:
-        raise CheckpointError(
-            f"the models know {other_NV.shape[1]} and {original_NV.shape[1]} words: their predictions cannot be "
-            "compared. Is it the right baseline? (--kl-tokens 0 compares perplexity alone)"
-        )
+    refuse_other_words(other_NV.shape[1], original_NV.shape[1])
     start = sum(len(part.kl_N) for part in parts)
     parts.append(divergence(original_NV[start : start + len(other_NV)], other_NV))
+
+
+def refuse_other_words(num_words: int, num_original: int) -> None:
+    if num_words != num_original:
+        raise CheckpointError(
+            f"the models know {num_words} and {num_original} words: their predictions cannot be compared. Is it the "
+            "right baseline? (--kl-tokens 0 compares perplexity alone)"
+        )
 
 
 def _check_disk(folder: Path, nbytes: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -20,6 +21,7 @@ from llmmpq.errors import CalibrationError, CheckpointError, RecipeError
 
 MISSING = "lm-eval is missing, which --tasks needs: pip install 'llmmpq[eval]'"
 MAX_SUGGESTIONS = 5
+BATCH_SIZE = r"(auto:)?0*[1-9][0-9]*|auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,16 @@ class TaskSettings:
     include_path: Path | None = None
     out: Path | None = None
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """lm-eval answers these with tracebacks, or takes them for something else, once the model is loaded."""
+        limit, batch_size = self.limit, self.batch_size
+        if limit is not None and not (limit > 0 and (limit < 1 or float(limit).is_integer())):
+            raise RecipeError(
+                f"--limit is {limit:g}; allowed: a whole number of examples of at least 1, or a share between 0 and 1"
+            )
+        if batch_size is not None and not re.fullmatch(BATCH_SIZE, batch_size):
+            raise RecipeError(f"--batch-size is {batch_size!r}; allowed: a whole number of at least 1, auto, or auto:N")
 
 
 def run_harness(name: str, folder: Path, settings: TaskSettings, *, device: str, dtype: str) -> dict[str, Any]:

@@ -143,12 +143,18 @@ def evaluation_windows(
     *,
     stride: int | None = None,
     max_tokens: int | None = None,
+    notes: list[str] | None = None,
 ) -> torch.Tensor:
     """The text in order, cut into windows that begin `stride` tokens apart (`window`, unless told otherwise).
 
     The last partial window is dropped. The text is encoded as one piece: no marks are put where documents meet.
+    `notes` is told when the text has more than `max_tokens`.
     """
-    ids = _encode(tokenizer, text)[:max_tokens]
+    ids = _encode(tokenizer, text)
+    if max_tokens is not None and len(ids) > max_tokens:
+        ids = ids[:max_tokens]
+        if notes is not None:
+            notes.append(f"No more than the first {max_tokens:,} tokens are read (--tokens).")
     if window < 1 or len(ids) < window:
         raise CalibrationError(
             f"the text gives {len(ids)} tokens, less than one evaluation window of {window}: give a longer text, "

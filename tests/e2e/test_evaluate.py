@@ -1,5 +1,6 @@
 """`llmmpq eval`: perplexity by its protocols, KL against the original, and the cache that keeps the original."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from tests import tiny
 from tests.e2e.running import run_here
 
 ASSETS = Path(llmmpq.__file__).parent / "assets"
+QUANTIZED = Path(__file__).parents[1] / "golden" / "tiny-llama-v1"
 Evaluated = Callable[..., dict[str, Any]]
 
 
@@ -174,6 +176,21 @@ def test_five_models_cost_one_run_of_the_original(
     assert not list(tmp_path.rglob("*partial*"))
 
 
+def test_an_original_that_is_in_the_cache_is_not_loaded(
+    evaluated: Evaluated, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluated(other)
+    loads, plain = list[str](), reading._load
+
+    def load(folder: Path, *arguments: Any) -> Any:
+        loads.append(folder.name)
+        return plain(folder, *arguments)
+
+    monkeypatch.setattr(reading, "_load", load)
+    assert evaluated(other)["divergence"] == first["divergence"]
+    assert loads == [other.name]
+
+
 @pytest.mark.parametrize("damage", ["logits", "figures", "text", "size"])
 def test_a_damaged_cache_is_made_again(damage: str, evaluated: Evaluated, other: Path, tmp_path: Path) -> None:
     first = evaluated(other)
@@ -228,7 +245,15 @@ def test_few_tokens_are_compared_where_few_are_asked_for(evaluated: Evaluated, o
     few = evaluated(other, kl_tokens=130)
     assert few["divergence"]["num_tokens"] == 126
     assert few["num_tokens"] == 630
+    # With a stride the first window scores 63 tokens, the others 8 each.
+    assert evaluated(other, kl_tokens=200, stride=8)["divergence"]["num_tokens"] == 63 + 17 * 8
+    assert evaluated(other, kl_tokens=64, stride=8)["divergence"]["num_tokens"] == 63
     assert "divergence" not in evaluated(other, kl_tokens=0)
+
+
+def test_tokens_that_are_not_cut_off_get_no_note(evaluated: Evaluated) -> None:
+    assert evaluated(baseline=None, tokens=700)["notes"] == []  # the text has 700; the last 60 fill no window
+    assert evaluated(baseline=None, tokens=699)["notes"] == ["No more than the first 699 tokens are read (--tokens)."]
 
 
 def test_text_of_a_folder_and_of_a_data_set(
@@ -291,8 +316,23 @@ def test_mistakes_are_one_line(
     assert len(outcome.stderr.splitlines()) == 1
 
 
+def test_a_damaged_model_is_named_before_the_original_is_read(
+    evaluated: Evaluated, other: Path, passes: list[str], tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(other, tmp_path / "damaged")
+    shard = damaged / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(llmmpq.LlmmpqError, match=r"damaged/model\.safetensors .*truncated"):
+        evaluated(damaged)
+    assert passes == []
+
+
 def test_models_of_other_vocabularies_and_disks_that_are_full(
-    evaluated: Evaluated, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: Evaluated,
+    folders: Callable[[str], Path],
+    passes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wide = AutoModelForCausalLM.from_pretrained(folders("llama"))
     wide.resize_token_embeddings(tiny.VOCAB + 8)
@@ -300,10 +340,22 @@ def test_models_of_other_vocabularies_and_disks_that_are_full(
     tiny.tokenizer(tmp_path / "wide")
     with pytest.raises(llmmpq.LlmmpqError, match="know 136 and 128 words"):
         evaluated(tmp_path / "wide")
+    assert passes == []  # known from the configs, before the original is read
     assert evaluated(tmp_path / "wide", kl_tokens=0)["num_tokens"] == 630
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(llmmpq.LlmmpqError, match=r"logits take 322\.6 kB, 1\.0 kB are free in .*--cache-dir"):
-        evaluated(tmp_path / "wide", cache_dir=tmp_path / "full")
+        evaluated(cache_dir=tmp_path / "full")
+
+
+def test_the_digest_says_of_which_folder_the_figures_are(
+    evaluated: Evaluated, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluated(QUANTIZED, kl_tokens=0, tokens=128)
+    assert found["digest"] == hashlib.sha256((QUANTIZED / "digests.json").read_bytes()).hexdigest()
+    assert found["baseline"]["digest"] is None  # a plain model
+    undigested = shutil.copytree(QUANTIZED, tmp_path / "undigested", ignore=shutil.ignore_patterns("digests.json"))
+    outcome = run_here(["eval", undigested, "--text", text, "--window", 64, "--quiet", "--json"], capsys)
+    assert json.loads(outcome.stdout)["digest"] is None
 
 
 def test_what_is_printed(

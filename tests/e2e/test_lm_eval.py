@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmmpq.evaluate.harness import TaskSettings
 from tests.e2e.running import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,30 @@ def test_a_folder_of_tasks_that_is_none(capsys: pytest.CaptureFixture[str], tmp_
     outcome = run_here(["eval", QUANTIZED, "--tasks", "x", "--include-path", tmp_path / "no", "--quiet"], capsys)
     assert outcome.code == 2
     assert "is not a folder" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        *(("--limit", value, "a whole number of examples of at least 1") for value in ("-1", "0", "2.5", "nan", "inf")),
+        *(("--batch-size", value, "at least 1, auto, or auto:N") for value in ("foo", "0", "-4", "auto:", "2.5")),
+    ],
+)
+def test_values_that_lm_eval_would_not_refuse(
+    flag: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # refused before it is even looked for
+    outcome = run_here(["eval", QUANTIZED, "--tasks", "wikitext", flag, value, "--quiet"], capsys)
+    assert (outcome.code, len(outcome.stderr.splitlines())) == (2, 1)
+    assert f"{flag} is " in outcome.stderr
+    assert allowed in outcome.stderr
+
+
+def test_values_that_lm_eval_takes() -> None:
+    for limit in (None, 1, 1.0, 8, 0.25):
+        TaskSettings(tasks=["x"], limit=limit)
+    for batch_size in (None, "1", "16", "auto", "auto:4"):
+        TaskSettings(tasks=["x"], batch_size=batch_size)
 
 
 @pytest.fixture

@@ -28,11 +28,12 @@ def no_memory(monkeypatch):
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_streamed_and_held_are_the_same_bits(name, dtype, folders, monkeypatch):
     held = Reader(str(folders(name)), dtype=dtype)
-    assert held.loaded is not None
+    assert held.is_held
     expected = read(held)
     monkeypatch.setattr(reading, "WEIGHTS_SHARE", 0.0)
     streamed = Reader(str(folders(name)), dtype=dtype)
-    assert streamed.loaded is None
+    assert not streamed.is_held
+    assert streamed.load() is None
     assert streamed.dtype == held.dtype == getattr(torch, dtype)
     assert torch.equal(read(streamed), expected)
 
@@ -68,6 +69,16 @@ def test_logits_that_do_not_fit_name_the_window(folders, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
     with pytest.raises(CalibrationError, match=r"logits of one window of 40 tokens take .* smaller --window"):
         next(reader.logits(WINDOWS))
+
+
+def test_weights_are_read_with_the_first_logits(folders, monkeypatch):
+    loads, plain = [], reading._load
+    monkeypatch.setattr(reading, "_load", lambda *arguments: loads.append(arguments) or plain(*arguments))
+    reader = Reader(str(folders("llama")))
+    assert reader.batch(40) == 4
+    assert not loads
+    assert torch.equal(read(reader), read(reader))
+    assert len(loads) == 1
 
 
 def test_few_windows_per_forward_where_the_vocabulary_is_large(folders, monkeypatch):

@@ -263,6 +263,14 @@ def test_evaluation_windows_keep_the_order(tokenizer):
         evaluation_windows(Words(), numbers(0, 100), 101)
 
 
+@pytest.mark.parametrize(("max_tokens", "num_notes"), [(None, 0), (101, 0), (100, 0), (99, 1), (60, 1)])
+def test_evaluation_windows_say_when_tokens_are_cut_off(max_tokens, num_notes):
+    notes = []
+    windows = evaluation_windows(Words(), numbers(0, 100), 30, max_tokens=max_tokens, notes=notes)
+    assert len(windows) == (2 if max_tokens == 60 else 3)
+    assert notes == [f"No more than the first {max_tokens} tokens are read (--tokens)."] * num_notes
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
