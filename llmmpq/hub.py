@@ -218,11 +218,18 @@ def explained(api: HfApi, destination: Destination) -> Iterator[None]:
             f"pushing to {destination.repo} needs the network, but HF_HUB_OFFLINE is set: unset it"
         ) from None
     except HFValidationError as error:
-        raise HubError(f"{destination.repo!r} is no name for a repository: {error}. Allowed: USER/NAME") from None
+        raise HubError(
+            f"{destination.repo!r} is no name for a repository: {_clause(error)}. Allowed: USER/NAME"
+        ) from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:  # of this machine
             raise
         raise _explain(error, api, destination) from error
+
+
+def _clause(error: object) -> str:
+    """What ends with a full stop of ours needs none of its own."""
+    return str(error).rstrip(". ")
 
 
 def _explain(error: Exception, api: HfApi, destination: Destination) -> HubError:
@@ -238,7 +245,7 @@ def _explain(error: Exception, api: HfApi, destination: Destination) -> HubError
             return HubError(f"{api.endpoint} does not take uploads by Xet ({says}): set HF_HUB_DISABLE_XET=1")
         unreachable = isinstance(error, HTTPError)
         what = f"cannot reach {api.endpoint}" if unreachable else f"pushing to {destination.repo} failed"
-        return HubError(f"{what}: {says}. Check the network. {continues}")
+        return HubError(f"{what}: {_clause(says)}. Check the network. {continues}")
     status = error.response.status_code
     says = error.server_message or error.response.reason_phrase
     if status == 401:

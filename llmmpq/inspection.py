@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llmmpq.errors import CheckpointError
 from llmmpq.hf import METHOD, LlmmpqConfig
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import locate_linears
-from llmmpq.output import DIGESTS_FILE, PLAN_FILE, REPORT_FILE, read_object, read_plan, verify_digests
+from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_FILE, read_object, read_plan, verify_digests
 from llmmpq.records import DTYPE_NBYTES, Plan, PlannedLinear
 
 CONFIG_FILE = "config.json"
@@ -52,11 +54,22 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
     return quantization if ours else None
 
 
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The settings a folder was made with, also by another version; empty where they cannot be read."""
+    try:
+        recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def inspect_folder(folder: Path, *, advance: Callable[[int], None] = lambda num: None) -> dict[str, Any]:
     """What a quantized folder holds, byte by byte, and whether it is still what was written.
 
     `advance` is told of bytes that were compared with their digests.
     """
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: give a folder that `llmmpq quantize` wrote")
     plan = plan_of(folder)
     if plan is None:
         raise CheckpointError(

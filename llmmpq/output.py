@@ -25,14 +25,13 @@ from llmmpq.model.skeleton import KeptTensor
 from llmmpq.model.source import companion_files
 from llmmpq.model.tokens import STANDARD_SOURCE
 from llmmpq.recipe import Recipe, load_recipe
-from llmmpq.records import Plan
+from llmmpq.records import EDITED, Plan
 
 DIGESTS_FILE = "digests.json"
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
 LONGEST_NAME = 200  # the longest file name that all usual file systems take is 255, and we add to it
-EDITED = "edited"  # the method of a plan that a person gave
 
 # Gives the stored tensors of one linear ("words", "scales", "zeros") when the writer reaches them.
 ReadPacked = Callable[[str], Mapping[str, torch.Tensor]]

@@ -25,7 +25,7 @@ from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import inspect_folder
 from llmmpq.job import Job, open_job
-from llmmpq.output import EDITED, PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
+from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, preflight
 from llmmpq.progress import Once, Progress, Silent
@@ -33,7 +33,7 @@ from llmmpq.publishing import push_folder
 from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Budget, Recipe
-from llmmpq.records import Plan
+from llmmpq.records import EDITED, Plan
 from llmmpq.report.page import write_page
 from llmmpq.session import Session, open_session
 from llmmpq.workdir import Stage

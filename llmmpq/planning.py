@@ -11,9 +11,9 @@ from llmmpq.budgets import budget_of
 from llmmpq.errors import RecipeError
 from llmmpq.measure.pairs import MAX_NUM_PAIRS, count_pairs, count_passes
 from llmmpq.model.checkpoint import write_text
-from llmmpq.output import EDITED, read_plan
+from llmmpq.output import read_plan
 from llmmpq.recipe import Budget
-from llmmpq.records import DTYPE_NBYTES, Plan, PlannedLinear, Sensitivity
+from llmmpq.records import DTYPE_NBYTES, EDITED, Plan, PlannedLinear, Sensitivity
 from llmmpq.session import Session
 
 

@@ -10,11 +10,14 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from llmmpq.bitmap import bit_map, draw
+from llmmpq.digest import file_sha256
 from llmmpq.errors import CheckpointError
-from llmmpq.evaluate.card import CARD_FILE, MAP_FILE, RESULTS_FILE, Origin, is_sealed, write_card
+from llmmpq.evaluate.card import CARD_FILE, MAP_FILE, Origin, is_sealed, write_card
+from llmmpq.evaluate.results import RESULTS_FILE, checked_results, other_model
 from llmmpq.hub import Branch, Destination, explained, is_there, look, make, no_bars, refuse_other_content, upload
-from llmmpq.inspection import inspect_folder
+from llmmpq.inspection import inspect_folder, recipe_of
 from llmmpq.model.checkpoint import write_text
+from llmmpq.names import shortened
 from llmmpq.origin import find_origin
 from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, read_object
 from llmmpq.progress import Progress, Silent
@@ -31,6 +34,8 @@ def push_folder(
 ) -> dict[str, Any]:
     """Write the card of a quantized folder and publish the folder. `results` is what `llmmpq eval --json` printed."""
     progress = progress or Silent()
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: push a folder that `llmmpq quantize` wrote")
     for name in (PLAN_FILE, DIGESTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}: push a folder that `llmmpq quantize` wrote")
@@ -41,7 +46,7 @@ def push_folder(
         found = _verified(folder, progress)
         origin, notes = find_origin(found["provenance"], base_model=base_model, api=api)
         notes += _write_card(folder, found, results, name=destination.repo, origin=origin)
-        notes += _private_names(found["provenance"])
+        notes += _private_names(folder, found["provenance"])
         branch = make(api, destination, branch)
         files = _published(folder)
         kept, more = _edited_there(api, destination, branch, folder)
@@ -90,7 +95,7 @@ def _write_card(
     source = results or (kept if kept.is_file() else None)
     measured = None if source is None else _read_results(source, found)
     try:
-        if results is not None:
+        if measured is not None:  # what lay there already may name folders of this machine
             write_text(kept, json.dumps(measured, indent=2) + "\n")
         drawn = draw(folder / MAP_FILE, bit_map(found["linears"]), title=f"bits of {name.rpartition('/')[2]}")
         card = folder / CARD_FILE
@@ -118,22 +123,14 @@ def _write_card(
 
 
 def _read_results(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    results = read_object(path)
-    if not {"perplexity", "divergence", "kl"} & set(results):
-        raise CheckpointError(f"{path} holds no perplexity and no divergence: give what `llmmpq eval --json` printed")
-    seen = results.get("total_nbytes")
-    if seen is not None and seen != found["total_nbytes"]:
-        raise CheckpointError(
-            f"{path} was measured on another model: its files have {seen} bytes, those of {found['folder']} "
-            f"{found['total_nbytes']}"
-        )
+    results = checked_results(read_object(path), path)
+    if why := other_model(results, found, file_sha256(Path(found["folder"]) / DIGESTS_FILE)):
+        raise CheckpointError(f"{path} was measured on another model than {found['folder']}: {why}")
     return results
 
 
-def _private_names(provenance: Mapping[str, Any]) -> list[str]:
-    calibration = provenance.get("calibration")
-    named = [provenance.get("model"), calibration.get("source") if isinstance(calibration, Mapping) else None]
-    paths = [str(name) for name in named if name is not None and Path(str(name)).is_absolute()]
+def _private_names(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
+    paths = shortened(provenance, recipe_of(folder))
     if not paths:
         return []
     return [f"{RECIPE_FILE} and {PLAN_FILE} name {' and '.join(paths)} of this machine: they are published as they are"]

@@ -226,6 +226,9 @@ class PlannedLinear:
         return math.prod(self.shape)
 
 
+EDITED = "edited"  # the method of a plan that a person gave
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The decision: a scheme for every linear. Byte figures are always computed from the schemes."""

@@ -10,20 +10,19 @@ The last line of a card is a digest of the rest, so that a card which a person h
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmmpq.bitmap import as_text, bit_map
+from llmmpq.evaluate.results import KL_FIGURES, RESULTS_FILE, number, task_figures
+from llmmpq.names import model_name, shortened, text_name, without_places
+from llmmpq.records import EDITED
 
-CARD_FILE, MAP_FILE, RESULTS_FILE = "README.md", "bit-map.png", "eval.json"
+CARD_FILE, MAP_FILE = "README.md", "bit-map.png"
 SEAL_START, SEAL_END = "<!-- written by llmmpq, sha256 ", " -->"
-METHOD_OF_GIVEN_PLAN = "edited"
-KL_FIGURES = ("mean", "median", "p90", "p99", "max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +111,9 @@ def _summary(found: Mapping[str, Any], origin: Origin) -> Iterator[str]:
 
 
 def _choice(found: Mapping[str, Any]) -> str:
-    if found["method"] == METHOD_OF_GIVEN_PLAN:
+    if found["method"] == EDITED:
         return "a plan that a person gave"
-    gap = _number(found["optimality_gap"])
+    gap = number(found["optimality_gap"])
     return found["method"] + ("" if gap is None else f", at most {100 * gap:.2g} % from the best for this budget")
 
 
@@ -132,7 +131,7 @@ def _quality(found: Mapping[str, Any], results: Mapping[str, Any] | None) -> Ite
     else:
         yield "\n".join(_measured(results))
         yield _protocol(results)
-    predicted, measured = _number(found.get("predicted_loss")), _number(found.get("measured_kl"))
+    predicted, measured = number(found.get("predicted_loss")), number(found.get("measured_kl"))
     if measured is not None:
         yield f"When the widths were chosen, the KL divergence on the probe was {measured:.4g} nats per token."
     elif predicted is not None:
@@ -143,12 +142,15 @@ def _measured(results: Mapping[str, Any]) -> Iterator[str]:
     baseline = results.get("baseline")
     rows = []
     for label, key, digits in (("perplexity", "perplexity", 4), ("nats per token", "nll", 5)):
-        here = _number(results.get(key))
-        there = _number(baseline.get(key)) if isinstance(baseline, Mapping) else None
+        here = number(results.get(key))
+        there = number(baseline.get(key)) if isinstance(baseline, Mapping) else None
         if here is not None:
             rows.append((label, f"{here:.{digits}f}", "" if there is None else f"{there:.{digits}f}"))
-    if (extra := _number(results.get("extra_nll"))) is not None:
+    if (extra := number(results.get("extra_nll"))) is not None:
         rows.append(("extra nats per token", f"{extra:+.5f}", ""))
+    rows += [
+        (label, f"{own:.4f}", "" if other is None else f"{other:.4f}") for label, own, other in task_figures(results)
+    ]
     if rows:
         yield "| | this model | original |\n| --- | ---: | ---: |"
         yield from (f"| {label} | {here} | {there} |" for label, here, there in rows)
@@ -166,10 +168,10 @@ def _divergence(results: Mapping[str, Any]) -> Iterator[str]:
     floors = floor if isinstance(floor, Mapping) else {"mean": floor}
     yield "| KL divergence from the original, nats per token | this model | noise floor |\n| --- | ---: | ---: |"
     for key in KL_FIGURES:
-        value, least = (_number(figures.get(f"kl_{key}", figures.get(key))) for figures in (kl, floors))
+        value, least = (number(figures.get(f"kl_{key}", figures.get(key))) for figures in (kl, floors))
         if value is not None:
             yield f"| {key} | {value:.3g} | {'' if least is None else f'{least:.3g}'} |"
-    agreement, least = (_number(figures.get("top1_agreement")) for figures in (kl, floors))
+    agreement, least = (number(figures.get("top1_agreement")) for figures in (kl, floors))
     if agreement is not None:
         yield f"| same likeliest token | {100 * agreement:.2f} % | {'' if least is None else f'{100 * least:.2f} %'} |"
     yield "\nThe noise floor is the original's own divergence from its rounding to bfloat16."
@@ -180,7 +182,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
     text = results.get("text")
     parts = [f"{tokens:,} tokens" if isinstance(tokens, int) else "Measured"]
     if isinstance(text, str):
-        parts.append(f"of {_without_folders(text)}")
+        parts.append(f"of {text_name(text)}")
     if isinstance(window, int):
         parts.append(f"in windows of {window}")
     if isinstance(stride := results.get("stride"), int) and stride != window:
@@ -210,17 +212,16 @@ def _loading(name: str) -> str:
 
 
 def _command(found: Mapping[str, Any], hub_id: str | None) -> str:
-    revision = found["provenance"].get("revision")
-    model = hub_id or _without_folders(str(found["provenance"].get("model", "MODEL")))
+    # A revision of the provenance belongs to the model it names, not to one that a person named since.
+    revision = found["provenance"].get("revision") if hub_id in (None, found["provenance"].get("model")) else None
+    model = hub_id or model_name(str(found["provenance"].get("model", "MODEL")))
     command = f"llmmpq quantize {model} --recipe recipe.yaml"
     command += f" --revision {revision}" if revision else ""
-    command += " --plan plan.json" if found["method"] == METHOD_OF_GIVEN_PLAN else ""
+    command += " --plan plan.json" if found["method"] == EDITED else ""
     calibration = found["provenance"].get("calibration")
     text = ""
     if isinstance(calibration, Mapping) and {"source", "num_tokens"} <= set(calibration):
-        text = (
-            f" Calibrated on {calibration['num_tokens']:,} tokens of `{_without_folders(str(calibration['source']))}`."
-        )
+        text = f" Calibrated on {calibration['num_tokens']:,} tokens of `{text_name(str(calibration['source']))}`."
     return (
         f"```sh\n{command}\n```\n\nwith [recipe.yaml](recipe.yaml), which holds every setting, by llmmpq "
         f"{found['provenance'].get('llmmpq', 'of an unknown version')}.{text} The decision for each matrix is in "
@@ -229,7 +230,9 @@ def _command(found: Mapping[str, Any], hub_id: str | None) -> str:
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
-    remarks: Sequence[str] = [*found["fallbacks"], *found["warnings"]]
+    remarks: Sequence[str] = without_places(
+        [*found["fallbacks"], *found["warnings"]], shortened(found["provenance"], {})
+    )
     if remarks:
         yield "\n".join(f"- {' '.join(str(remark).split())}" for remark in remarks)
 
@@ -241,17 +244,6 @@ def _digests(digests: Mapping[str, str]) -> str:
         f"```text\n{lines}\n```\n\nsha256 of the weight files; [digests.json](digests.json) has those of all files, and"
         " `llmmpq inspect` compares them."
     )
-
-
-def _without_folders(name: str) -> str:
-    """A file's own name: the folders of a person's machine are nobody's business."""
-    path = Path(name)
-    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
 
 
 def _size(nbytes: int) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmmpq.evaluate.results import KL_FIGURES, mapping, number
 from llmmpq.report.axis import Axis, axis_of
 from llmmpq.report.bit_map import Cell, Grid, Linear, grid_of
-from llmmpq.report.evidence import Evidence, mapping, number
+from llmmpq.report.evidence import Evidence
 from llmmpq.report.figures import figure, percent, size
 
 MAX_RANKED = 12  # matrices in the chart: what a person looks through
@@ -206,9 +207,6 @@ class DivergenceView:
     tracks: tuple[Track, ...]
     ticks: tuple[tuple[float, str], ...]
     sentence: str
-
-
-KL_FIGURES = ("mean", "median", "p90", "p99")
 
 
 def divergence(evidence: Evidence) -> DivergenceView | None:

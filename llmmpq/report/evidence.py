@@ -6,7 +6,6 @@ that the page never fails on a figure that is missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 import yaml
 
 from llmmpq.curve import JSON_FILE as CURVE_FILE
+from llmmpq.digest import file_sha256
 from llmmpq.errors import CheckpointError
-from llmmpq.inspection import inspect_folder, plan_of
+from llmmpq.evaluate.results import RESULTS_FILE, checked_results, mapping, number
+from llmmpq.inspection import inspect_folder, plan_of, recipe_of
+from llmmpq.names import shortened, without_places
 from llmmpq.output import DIGESTS_FILE, RECIPE_FILE, REPORT_FILE, read_object
 
-RESULTS_FILE = "eval.json"
-KINDS_OF_RESULTS = ("kl", "divergence", "results")  # the last are those of lm-eval
+TELLING = ("provenance", "fallbacks", "warnings")  # what of a folder may name places of the machine it was made on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Evidence:
     recipe_yaml: str
     curve: Mapping[str, Any] | None
     results: Mapping[str, Any] | None
+    digest: str | None = None  # of digests.json
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -86,22 +88,32 @@ class Evidence:
 
 
 def collect(folder: Path, *, pareto: Path | None = None, results: Path | None = None) -> Evidence:
-    """Read the folder, and the curve and the figures that are named or lie in it."""
+    """Read the folder, and the curve and the figures that are named or lie in it. Where they lay is left out."""
     found = inspect_folder(folder)
     plan = plan_of(folder)
     curve_file = pareto or _in(folder, CURVE_FILE)
     results_file = results or _in(folder, RESULTS_FILE)
-    recipe = folder / RECIPE_FILE
+    digests = folder / DIGESTS_FILE
+    recipe = recipe_of(folder)
+    places = shortened(mapping(found["provenance"]), recipe)
     return Evidence(
         name=folder.resolve().name,
-        folder=found,
+        folder={**found, **{key: without_places(found[key], places) for key in TELLING}},
         measured_kl=None if plan is None else plan.measured_kl,
         report=read_object(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {},
-        digests=read_object(folder / DIGESTS_FILE) if (folder / DIGESTS_FILE).is_file() else {},
-        recipe_yaml=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        digests=read_object(digests) if digests.is_file() else {},
+        recipe_yaml=_recipe_text(folder / RECIPE_FILE, recipe, places),
         curve=None if curve_file is None else _read_curve(curve_file, mapping(found["provenance"])),
-        results=None if results_file is None else _read_results(results_file),
+        results=None if results_file is None else checked_results(read_object(results_file), results_file),
+        digest=file_sha256(digests) if digests.is_file() else None,
     )
+
+
+def _recipe_text(path: Path, recipe: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """The file as it is, or without the places it names."""
+    if places and recipe:
+        return yaml.safe_dump(without_places(recipe, places), sort_keys=False)
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _in(folder: Path, name: str) -> Path | None:
@@ -122,23 +134,3 @@ def _read_curve(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     if mine and others and dict(mine) != dict(others):
         raise CheckpointError(f"{path} is the curve of another model (the digests of its files differ): make it anew")
     return curve
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    results = read_object(path)
-    if number(results.get("perplexity")) is None and not any(mapping(results.get(key)) for key in KINDS_OF_RESULTS):
-        raise CheckpointError(
-            f"{path} holds no 'perplexity', {' or '.join(map(repr, KINDS_OF_RESULTS))}: give what "
-            "`llmmpq eval DIR --baseline MODEL --json` printed"
-        )
-    return results
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """The value where it is one with names, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a finite number, else None."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None

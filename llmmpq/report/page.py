@@ -18,12 +18,17 @@ from llmmpq.report import charts, figures, sections
 from llmmpq.report.evidence import Evidence, collect
 
 PAGE_FILE, STYLE_FILE = "page.html", "style.css"
+GENERATOR, LONGEST_HEAD = b'<meta name="generator" content="llmmpq ', 4096
 
 
 def write_page(folder: Path, out: Path, *, pareto: Path | None = None, results: Path | None = None) -> Evidence:
     """Write the page on a quantized folder, and return what it was made from."""
     if out.is_dir():
         raise CheckpointError(f"--out {out} is a folder: name a file in it, such as {out / 'report.html'}")
+    if out.exists() and not _is_report(out):
+        raise CheckpointError(
+            f"{out} exists and is not a report of llmmpq: it is not written over. Name another file with --out"
+        )
     evidence = collect(folder, pareto=pareto, results=results)
     page = render(evidence)
     try:
@@ -32,6 +37,14 @@ def write_page(folder: Path, out: Path, *, pareto: Path | None = None, results: 
         raise CheckpointError(f"cannot make the folder of --out {out}: {error.strerror}") from None
     write_text(out, page)
     return evidence
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return GENERATOR in stream.read(LONGEST_HEAD)
+    except OSError:
+        return False
 
 
 def render(evidence: Evidence) -> str:

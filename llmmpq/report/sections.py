@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmmpq.allocate.budget import asked_for, parts_of, readable
+from llmmpq.evaluate.results import mapping, number, other_model, task_figures
+from llmmpq.records import EDITED
 from llmmpq.report.bit_map import Grid, Linear, bits_cell, grid_of, num_weights, runs_of
-from llmmpq.report.evidence import Evidence, mapping, number
+from llmmpq.report.evidence import Evidence
 from llmmpq.report.figures import NOTHING, figure, fixed, percent, size
 
 METHODS = {
@@ -17,7 +19,7 @@ METHODS = {
     "additive": "what each option does alone, added up (additive)",
     "local": "what each option does to its own block (local)",
     "uniform": "no measurement (uniform)",
-    "edited": "hand: the plan was given as a file",
+    EDITED: "hand: the plan was given as a file",
 }
 
 
@@ -185,7 +187,8 @@ def evaluation(evidence: Evidence) -> dict[str, Any] | None:
     agreement = number(evidence.kl.get("top1_agreement"))
     if agreement is not None:
         rows.append(("Same likeliest token", f"{100 * agreement:.2f} %", NOTHING))
-    rows = [row for row in [*rows, *_task_rows(results, baseline)] if row[1:] != (NOTHING, NOTHING)]
+    rows += [(label, fixed(here, 4), fixed(there, 4)) for label, here, there in task_figures(results)]
+    rows = [row for row in rows if row[1:] != (NOTHING, NOTHING)]
     num_tokens, window = number(results.get("num_tokens")), number(results.get("window"))
     text = str(results["text"]) if isinstance(results.get("text"), str) else "a text that is not named"
     told = f"{int(num_tokens):,} tokens of {text}" if num_tokens is not None else f"On {text}"
@@ -194,25 +197,13 @@ def evaluation(evidence: Evidence) -> dict[str, Any] | None:
         "baseline": str(baseline.get("model", "not named")) if baseline else None,
         "extra_nll": number(results.get("extra_nll")),
         "on": told + ("" if window is None else f", in windows of {int(window):,}"),
-        "remark": _other_model(evidence),
+        "remark": _other_model(evidence, results),
     }
 
 
-def _task_rows(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The figures of lm-eval, by the names it gives them, without their errors."""
-    for task, found in mapping(results.get("results")).items():
-        others = mapping(mapping(baseline.get("results")).get(task))
-        for name, value in mapping(found).items():
-            if number(value) is not None and "_stderr" not in str(name):
-                yield f"{task}: {str(name).partition(',')[0]}", fixed(value, 4), fixed(others.get(name), 4)
-
-
-def _other_model(evidence: Evidence) -> str:
-    bits = number(mapping(evidence.results).get("bits_per_weight"))
-    own = evidence.folder["bits_per_weight"]
-    if bits is None or abs(bits - own) < 5e-4:
-        return ""
-    return f"These figures are of a model with {bits:.3f} true bits per weight, this folder has {own:.3f}."
+def _other_model(evidence: Evidence, results: Mapping[str, Any]) -> str:
+    why = other_model(results, evidence.folder, evidence.digest)
+    return f"These figures are of another model: {why}." if why else ""
 
 
 # Provenance

@@ -19,11 +19,13 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
 from llmmpq import LlmmpqForCausalLM
+from llmmpq.digest import file_sha256
 from llmmpq.errors import HubError
 from llmmpq.evaluate.card import is_sealed, seal
 from llmmpq.hub import Destination
 from llmmpq.pipeline import push_folder, quantize_model
 from llmmpq.progress import Silent
+from llmmpq.publishing import _private_names
 from tests import tiny
 from tests.e2e.hubserver import GIT_ATTRIBUTES, HubServer
 from tests.e2e.running import digests, run_here, tiny_recipe
@@ -192,7 +194,9 @@ def test_a_server_without_xet(hub, folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("repo", ["tiny", "user/", "user/a b", "a/b/c", "user/--x"])
 def test_a_name_that_is_none(hub, folder, capsys, repo):
-    assert "USER/NAME" in mistake(run_here(["push", folder, repo], capsys))
+    line = mistake(run_here(["push", folder, repo], capsys))
+    assert "USER/NAME" in line
+    assert ".. " not in line
     assert not hub.repos
 
 
@@ -307,9 +311,44 @@ def test_results_of_another_model_are_refused(hub, folder, capsys, tmp_path):
     wrong.write_text('{"perplexity": 1.5, "total_nbytes": 17}')
     assert "was measured on another model" in mistake(run_here(["push", folder, REPO, "--results", wrong], capsys))
     wrong.write_text('{"accuracy": 1.0}')
-    assert "holds no perplexity and no divergence" in mistake(
-        run_here(["push", folder, REPO, "--results", wrong], capsys)
-    )
+    assert "holds no 'perplexity'" in mistake(run_here(["push", folder, REPO, "--results", wrong], capsys))
+
+
+def test_what_is_published_of_an_evaluation_names_no_place(hub, folder, capsys, tmp_path):
+    results = {"model": "./q", "text": "secret/x.txt", "perplexity": 2.0, "files": ["/home/ada/results_1.json"]}
+    results |= {"baseline": {"model": "/home/ada/base", "perplexity": 1.9}}
+    clean = {"model": "q", "text": "x.txt", "perplexity": 2.0, "files": ["results_1.json"]}
+    clean |= {"baseline": {"model": "base", "perplexity": 1.9}}
+    clean |= {"digest": file_sha256(folder / "digests.json")}
+    results |= {"digest": clean["digest"]}
+    (tmp_path / "e.json").write_text(json.dumps(results))
+    assert run_here(["push", folder, REPO, "--results", tmp_path / "e.json"], capsys).code == 0
+    assert json.loads(hub.repos[REPO].files()["eval.json"]) == clean
+    (folder / "eval.json").write_text(json.dumps(results))  # put there by hand
+    assert run_here(["push", folder, REPO], capsys).code == 0
+    assert json.loads(hub.repos[REPO].files()["eval.json"]) == clean
+
+    (tmp_path / "e.json").write_text(json.dumps(results | {"digest": "0" * 64}))
+    line = mistake(run_here(["push", folder, REPO, "--results", tmp_path / "e.json"], capsys))
+    assert "was measured on another model" in line
+    assert "digests.json has the digest 000000000000" in line
+
+
+def test_a_relative_name_is_a_private_one_too(folder):
+    provenance = {"model": "./base", "calibration": {"source": "~/x.txt"}}
+    (note,) = _private_names(folder, provenance)
+    assert "./base and ~/x.txt" in note
+
+
+def test_a_folder_that_is_not_there(hub, capsys, tmp_path):
+    for command in (["push", tmp_path / "none", REPO], ["inspect", tmp_path / "none"]):
+        assert "none does not exist" in mistake(run_here(command, capsys))
+
+
+def test_figures_of_tasks_alone_are_taken(hub, folder, capsys, tmp_path):
+    (tmp_path / "e.json").write_text('{"model": "q", "results": {"arc_easy": {"acc": 0.5}}}')
+    assert run_here(["push", folder, REPO, "--results", tmp_path / "e.json"], capsys).code == 0
+    assert "| arc_easy: acc | 0.5000 |  |" in (folder / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_a_seal_breaks_with_any_change():

@@ -128,6 +128,27 @@ def test_a_given_plan_is_part_of_the_command():
     assert "| Bits chosen by | a plan that a person gave |" in text
 
 
+@pytest.mark.parametrize(
+    ("hub_id", "flag"), [("someone/fork", " --revision abc123"), ("official/base", ""), (None, " --revision abc123")]
+)
+def test_a_revision_belongs_to_the_model_that_was_quantized(hub_id, flag):
+    provenance = {"model": "someone/fork", "revision": "abc123"}
+    text = card(Origin(name="base", hub_id=hub_id), found={"provenance": provenance})
+    assert f"llmmpq quantize {hub_id or 'someone/fork'} --recipe recipe.yaml{flag}" in text.splitlines()
+
+
+def test_tasks_of_lm_eval_are_quality_too():
+    results = {"results": {"arc": {"acc": 0.5, "acc_stderr": 0.1}}, "baseline": {"results": {"arc": {"acc": 0.6}}}}
+    lines = card(Origin(name="base"), results=results).splitlines()
+    assert "| arc: acc | 0.5000 | 0.6000 |" in lines
+    assert not any("stderr" in line for line in lines)
+
+
+def test_remarks_name_no_folder_of_this_machine():
+    text = card(Origin(name="base"), found={"warnings": ["/home/ada/text.txt gives 17 tokens"]})
+    assert "- text.txt gives 17 tokens" in text.splitlines()
+
+
 def test_the_map_as_text_and_as_a_picture(tmp_path, monkeypatch):
     shown = bit_map([*FOUND["linears"], {"block": 0, "role": "q_proj", "bits": 8}])
     assert as_text(shown) == "block    q  down\n    0  2/8     4\n  1-2    3     4"

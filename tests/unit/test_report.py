@@ -1,5 +1,6 @@
 """The report on folders that no run makes: large, hostile, incomplete."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from llmmpq.digest import file_sha256
 from llmmpq.errors import CheckpointError
 from llmmpq.records import PlannedLinear, Scheme
 from llmmpq.report import bit_map, charts, evidence, sections
 from llmmpq.report.axis import axis_of
 from llmmpq.report.evidence import Evidence, collect
-from llmmpq.report.page import render
+from llmmpq.report.page import render, write_page
 from tests.browser import Browser
 from tests.page import Page
 
@@ -247,6 +249,61 @@ def test_figures_of_lm_eval_are_shown_beside_the_baselines() -> None:
 def test_figures_of_another_model_are_noticed() -> None:
     results = {"perplexity": 3.0, "bits_per_weight": 2.5}
     assert "2.500 true bits" in Page(render(make_evidence(results=results))).text["divergence"]
+
+
+def test_a_digest_decides_whose_figures_they_are() -> None:
+    same = {"perplexity": 3.0, "digest": "a" * 64, "bits_per_weight": 2.5}
+    known = make_evidence(results=same, digest="a" * 64)
+    assert "another model" not in Page(render(known)).text["divergence"]
+    assert "These figures are of another model" in Page(render(replace(known, digest="b" * 64))).text["divergence"]
+    assert "2.500 true bits" in Page(render(replace(known, digest=None))).text["divergence"]
+
+
+def copy_of_golden(folder: Path) -> Path:
+    folder.mkdir()
+    for path in GOLDEN.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_the_page_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    folder = copy_of_golden(tmp_path / "tiny")
+    assert "/tmp/" in (folder / "recipe.yaml").read_text()
+    baseline = {"model": "/home/ada/base", "perplexity": 7.0}
+    results = {"perplexity": 7.5, "model": "/home/ada/q", "text": "/home/ada/held.txt", "baseline": baseline}
+    (folder / "eval.json").write_text(json.dumps(results | {"digest": file_sha256(folder / "digests.json")}))
+    report = json.loads((folder / "report.json").read_text())
+    report["warnings"].append(f"{report_model(folder)}/x is odd")
+    (folder / "report.json").write_text(json.dumps(report))
+    found = collect(folder)
+    text = render(found)
+    assert "/tmp/" not in text
+    assert "/home" not in text
+    page = Page(text)
+    assert "llama at" in page.text[""]
+    assert "llama/x is odd" in page.text["notes"]
+    assert "of held.txt" in page.text["divergence"] or "On held.txt" in page.text["divergence"]
+    assert "another model" not in page.text["divergence"]
+    assert {"model: llama", "  source: c.txt"} <= set(found.recipe_yaml.splitlines())
+
+
+def report_model(folder: Path) -> str:
+    return str(json.loads((folder / "plan.json").read_text())["provenance"]["model"])
+
+
+def test_only_a_report_is_written_over(tmp_path: Path) -> None:
+    folder = copy_of_golden(tmp_path / "tiny")
+    for name in ("plan.json", "config.json"):
+        before = (folder / name).read_bytes()
+        with pytest.raises(CheckpointError, match="is not a report of llmmpq"):
+            write_page(folder, folder / name)
+        assert (folder / name).read_bytes() == before
+    out = tmp_path / "page.html"
+    write_page(folder, out)
+    page = out.read_bytes()
+    out.write_bytes(page.replace(b"<h1>", b"<h1>Old "))
+    write_page(folder, out)
+    assert out.read_bytes() == page
 
 
 def test_what_is_missing_is_said_with_how_to_get_it() -> None:
