@@ -184,7 +184,7 @@ def show_report(console: Console, result: Row) -> None:
     }
     for key, sentence in missing.items():
         if not result[key]:
-            _say(console, f"Not in it is {sentence}.")
+            _say(console, f"Not in it: {sentence}.")
     _show_alarms(console, "problem", result["problems"])
 
 
