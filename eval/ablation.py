@@ -22,7 +22,8 @@ import transformers
 from quantizer_table import Judge
 
 from llmmpq import pipeline
-from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
+from llmmpq.model.text import packaged_text, read_text
+from llmmpq.model.tokens import evaluation_windows
 from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 

@@ -39,7 +39,8 @@ from llmmpq.allocate.solve import solve, solve_quadratic
 from llmmpq.job import Job, open_job
 from llmmpq.measure.candidates import candidates_of
 from llmmpq.measuring import measure_pairs, measure_settings, measuring_dtype
-from llmmpq.model.tokens import evaluation_windows, packaged_text
+from llmmpq.model.text import packaged_text
+from llmmpq.model.tokens import evaluation_windows
 from llmmpq.progress import Terminal
 from llmmpq.quantize.linear import dequantized
 from llmmpq.quantizing import stream_of

@@ -49,7 +49,8 @@ from llmmpq.digest import digest_of, file_sha256
 from llmmpq.errors import LlmmpqError
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import build_skeleton
-from llmmpq.model.tokens import TokenWindows, evaluation_windows, load_tokens, packaged_text, read_text
+from llmmpq.model.text import packaged_text, read_text
+from llmmpq.model.tokens import TokenWindows, evaluation_windows, load_tokens
 from llmmpq.session import load_tokenizer
 
 HERE = Path(__file__).parent

@@ -22,7 +22,8 @@ import transformers
 
 from llmmpq import pipeline
 from llmmpq.evaluate.perplexity import token_nll
-from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
+from llmmpq.model.text import packaged_text, read_text
+from llmmpq.model.tokens import evaluation_windows
 from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 

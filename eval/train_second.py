@@ -40,7 +40,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from llmmpq.evaluate.perplexity import token_nll
-from llmmpq.model.tokens import evaluation_windows, packaged_text, read_text
+from llmmpq.model.text import packaged_text, read_text
+from llmmpq.model.tokens import evaluation_windows
 
 DEMO = Path(str(files("llmmpq") / "assets" / "demo"))
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

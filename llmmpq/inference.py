@@ -18,7 +18,8 @@ from llmmpq.evaluate.sample import generate_text
 from llmmpq.inspection import plan_of
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.source import resolve_model
-from llmmpq.model.tokens import evaluation_text, evaluation_windows
+from llmmpq.model.text import evaluation_text
+from llmmpq.model.tokens import evaluation_windows
 from llmmpq.output import DIGESTS_FILE
 from llmmpq.progress import Progress, Silent
 from llmmpq.reading import Reader, load_model, read_config

@@ -23,7 +23,7 @@ from llmmpq.hf import LlmmpqConfig
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint, OutputTensor, write_bytes, write_checkpoint, write_text
 from llmmpq.model.skeleton import KeptTensor
 from llmmpq.model.source import companion_files
-from llmmpq.model.tokens import STANDARD_SOURCE
+from llmmpq.model.text import STANDARD_SOURCE
 from llmmpq.recipe import Recipe, load_recipe
 from llmmpq.records import EDITED, Plan
 

@@ -13,15 +13,10 @@ from transformers import AutoTokenizer
 
 import llmmpq
 from llmmpq.errors import CalibrationError
+from llmmpq.model import text as texts
 from llmmpq.model import tokens
-from llmmpq.model.tokens import (
-    advise_num_tokens,
-    evaluation_windows,
-    load_tokens,
-    parse_hub_source,
-    read_text,
-    resolve_text,
-)
+from llmmpq.model.text import parse_hub_source, read_text, resolve_text
+from llmmpq.model.tokens import advise_num_tokens, evaluation_windows, load_tokens
 
 ASSETS = Path(llmmpq.__file__).parent / "assets"
 
@@ -108,7 +103,7 @@ def test_reading_stops_when_the_pool_is_full(tmp_path):
 
 
 def test_a_long_document_is_not_held_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "MAX_DOCUMENT_CHARS", 1000)
+    monkeypatch.setattr(texts, "MAX_DOCUMENT_CHARS", 1000)
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{number:08} \n" for number in range(10_000)))
     words = Words()
@@ -278,7 +273,7 @@ def test_evaluation_windows_say_when_tokens_are_cut_off(max_tokens, num_notes):
         ("hf:allenai/c4", ("allenai/c4", None, "train", None)),
         ("hf:allenai/c4/en:validation", ("allenai/c4", "en", "validation", None)),
         ("hf:a/b:test:body", ("a/b", None, "test", "body")),
-        (tokens.STANDARD_SOURCE, ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text")),
+        (texts.STANDARD_SOURCE, ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text")),
     ],
 )
 def test_hub_sources(source, expected):
@@ -310,7 +305,7 @@ def hub(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(tokens, "_hub_answers", lambda: True)
+    monkeypatch.setattr(texts, "_hub_answers", lambda: True)
     return served
 
 
@@ -360,7 +355,7 @@ def test_missing_package_is_named(monkeypatch):
 
 def test_auto_takes_the_standard_data_set(hub):
     text = resolve_text("auto")
-    assert (text.source, text.notes) == (tokens.STANDARD_SOURCE, ())
+    assert (text.source, text.notes) == (texts.STANDARD_SOURCE, ())
     assert hub.asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train", True)]
 
 
@@ -371,7 +366,7 @@ def test_auto_falls_back_to_the_packaged_text_and_says_so(hub, monkeypatch, case
     elif case == "missing":
         monkeypatch.setitem(sys.modules, "datasets", None)
     elif case == "no answer":
-        monkeypatch.setattr(tokens, "_hub_answers", lambda: False)
+        monkeypatch.setattr(texts, "_hub_answers", lambda: False)
     else:
         hub.rows = [OSError("403")]
     text = resolve_text("auto")
@@ -384,25 +379,25 @@ def test_auto_falls_back_to_the_packaged_text_and_says_so(hub, monkeypatch, case
 
 
 def test_hub_is_asked_with_a_time_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokens, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(texts, "HUB_TIMEOUT_S", 0.5)
     release = threading.Event()
 
     def hang(*_, **__):
         release.wait()
         raise OSError
 
-    monkeypatch.setattr(tokens.urllib.request, "urlopen", hang)
-    assert not tokens._hub_answers()
+    monkeypatch.setattr(texts.urllib.request, "urlopen", hang)
+    assert not texts._hub_answers()
     release.set()
     monkeypatch.undo()
     died = []
     monkeypatch.setattr(threading, "excepthook", died.append)
     for endpoint in ("http://127.0.0.1:9", "no address", "http://[::1"):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        assert not tokens._hub_answers()
-    page = tmp_path / "api" / "datasets" / tokens.STANDARD_DATASET
+        assert not texts._hub_answers()
+    page = tmp_path / "api" / "datasets" / texts.STANDARD_DATASET
     page.parent.mkdir(parents=True)
     page.write_text(json.dumps({}))
     monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
-    assert tokens._hub_answers()
+    assert texts._hub_answers()
     assert not died
