@@ -31,8 +31,11 @@ from llmmpq.flags import (
     NUM_BUDGETS,
     RECIPE_FLAGS,
     BaselineOption,
+    BaseModelOption,
     BatchSizeOption,
+    BranchOption,
     CacheOption,
+    CurveFileOption,
     DeviceOption,
     DtypeOption,
     EvaluationWindowOption,
@@ -42,21 +45,31 @@ from llmmpq.flags import (
     JsonOption,
     KlTokensOption,
     LimitOption,
+    MessageOption,
     ModelArgument,
     MostTokensOption,
+    NewTokensOption,
     OutOption,
     OverwriteOption,
+    PageOption,
     ParetoOption,
     PlanBitsOption,
+    PlanFileOption,
     PlanSizesOption,
     PlanVramOption,
     PrivateOption,
+    PromptOption,
     QuietOption,
     RecipeOption,
+    ReplaceOption,
+    RepoArgument,
+    ResultsFileOption,
     ResultsOption,
     RunnableArgument,
+    SamplingSeedOption,
     StrideOption,
     TasksOption,
+    TemperatureOption,
     TextOption,
     WorkOption,
 )
@@ -220,10 +233,7 @@ def quantize(
     out: OutOption = None,
     work_dir: WorkOption = None,
     overwrite: OverwriteOption = False,
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="<file>", show_default=False, help="Carry out this plan, as made or edited."),
-    ] = None,
+    plan: PlanFileOption = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option("--push-to-hub", metavar="<user/name>", show_default=False, help="Publish the result there."),
@@ -345,28 +355,9 @@ def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def report(
     folder: FolderArgument,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="<file.html>", show_default=False, help="The page (<folder>-report.html here)."),
-    ] = None,
-    pareto: Annotated[
-        Path | None,
-        typer.Option(
-            "--pareto",
-            metavar="<file>",
-            show_default=False,
-            help="Draw this curve, as `plan --pareto` wrote it; else pareto.json of the folder, if there.",
-        ),
-    ] = None,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            "--results",
-            metavar="<file>",
-            show_default=False,
-            help="Show these figures, as `eval --json` printed them; else eval.json of the folder, if there.",
-        ),
-    ] = None,
+    out: PageOption = None,
+    pareto: CurveFileOption = None,
+    results: ResultsFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page on a quantized folder: bits, sensitivity, size against loss, figures, provenance."""
@@ -429,10 +420,10 @@ def _read_window(text: str | None) -> int | str | None:
 @app.command()
 def generate(
     model: RunnableArgument,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="<text>", show_default=False, help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="How many tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds write equal texts.")] = 0,
+    prompt: PromptOption,
+    max_new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: SamplingSeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -452,34 +443,13 @@ def generate(
 @app.command()
 def push(
     folder: FolderArgument,
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False, help="A repository of the Hub.")],
+    repo: RepoArgument,
     private: PrivateOption = False,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", metavar="<branch>", show_default=False, help="A branch, made if missing (main)."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            "--results",
-            metavar="<file>",
-            show_default=False,
-            help="What `llmmpq eval --json` printed, for the card; else eval.json of the folder.",
-        ),
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model",
-            metavar="<user/name>",
-            show_default=False,
-            help="The original on the Hub, where a local folder was quantized.",
-        ),
-    ] = None,
-    message: Annotated[
-        str | None, typer.Option("--message", metavar="<text>", show_default=False, help="Of the commit.")
-    ] = None,
+    revision: BranchOption = None,
+    overwrite: ReplaceOption = False,
+    results: ResultsFileOption = None,
+    base_model: BaseModelOption = None,
+    message: MessageOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:

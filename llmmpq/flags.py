@@ -288,3 +288,51 @@ DeviceOption = Annotated[str, typer.Option("--device", metavar="<auto|cpu|cuda:N
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="<name>", help=DTYPE_HELP)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
+PlanFileOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="<file>", show_default=False, help="Carry out this plan, as made or edited."),
+]
+PageOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="<file.html>", show_default=False, help="The page (<folder>-report.html here)."),
+]
+CurveFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--pareto",
+        metavar="<file>",
+        show_default=False,
+        help="Draw this curve, as `plan --pareto` wrote it; else pareto.json of the folder, if there.",
+    ),
+]
+ResultsFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--results",
+        metavar="<file>",
+        show_default=False,
+        help="Figures that `llmmpq eval --json` printed; else eval.json of the folder, if there.",
+    ),
+]
+RepoArgument = Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False, help="A repository of the Hub.")]
+BranchOption = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="<branch>", show_default=False, help="A branch, made if missing (main)."),
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="<user/name>",
+        show_default=False,
+        help="The original on the Hub, where a local folder was quantized.",
+    ),
+]
+MessageOption = Annotated[
+    str | None, typer.Option("--message", metavar="<text>", show_default=False, help="Of the commit.")
+]
+PromptOption = Annotated[str, typer.Option("--prompt", metavar="<text>", show_default=False, help="What to continue.")]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="How many tokens to write.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+SamplingSeedOption = Annotated[int, typer.Option("--seed", help="Equal seeds write equal texts.")]
