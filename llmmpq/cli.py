@@ -2,8 +2,8 @@
 
 Torch is imported when a verb runs, so that `--help` and a mistyped flag answer at once. Results go to stdout, progress
 and errors to stderr; with --json stdout is exactly one JSON object. Of several processes that share a run (`ranks.py`)
-the first alone speaks, of failures one. `main` is the only place that turns an
-`LlmmpqError` into one line and exit code 2; any other exception is a bug of ours and keeps its traceback.
+the first alone speaks, of failures one. `main` is the only place that turns an `LlmmpqError` into one line and exit
+code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from llmmpq import __version__, tables
 from llmmpq.errors import LlmmpqError, RecipeError
 from llmmpq.flags import (
     DECIDED_BY_A_PLAN,
-    NUM_BUDGETS,
     RECIPE_FLAGS,
     BaselineOption,
     BaseModelOption,
@@ -75,7 +74,8 @@ from llmmpq.flags import (
 )
 from llmmpq.progress import Progress, Silent, Terminal
 from llmmpq.ranks import ALONE, Ranks, join, launched
-from llmmpq.recipe import SEED_RULE, Budget, Recipe, load_recipe
+from llmmpq.recipe import SEED_RULE, Recipe
+from llmmpq.typed import default_out, read_numbers, read_recipe, read_window, refuse_idle_flags, with_values
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -117,7 +117,7 @@ def _run(arguments: list[str], ranks: Ranks) -> int:
     # Not `app()`: in typer 0.29 that turns Ctrl-C into a bare exit code, and any broken pipe into a silent exit.
     try:
         command = get_command(app)
-        with command.make_context("llmmpq", list(_with_values(arguments)), obj=ranks) as context:
+        with command.make_context("llmmpq", list(with_values(arguments)), obj=ranks) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
@@ -136,14 +136,6 @@ def _run(arguments: list[str], ranks: Ranks) -> int:
             print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-def _with_values(arguments: Sequence[str]) -> Iterator[str]:
-    """In `plan`, `--pareto` alone stands for `--pareto 24`; typer knows no option whose value may be left out."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        yield argument
-        if arguments[0] == "plan" and argument == "--pareto" and not following.removeprefix("-").isdecimal():
-            yield str(NUM_BUDGETS)
 
 
 def _fail(message: str, ranks: Ranks) -> int:
@@ -181,7 +173,7 @@ def _recipe_verb(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None
         def command(**values: Any) -> None:
             model, recipe = values.pop("model"), values.pop("recipe")
             given = {name: value for name in names if (value := values.pop(name)) is not None}
-            function(_read_recipe(model, recipe, given), given, **values)
+            function(read_recipe(model, recipe, given), given, **values)
 
         _, _, *own = signatures.signature(function, eval_str=True).parameters.values()
         command.__signature__ = signatures.Signature([*shared, *own])  # type: ignore[attr-defined]
@@ -189,39 +181,6 @@ def _recipe_verb(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None
         return function
 
     return register
-
-
-def _read_recipe(model: str | None, name: str | None, given: Mapping[str, Any]) -> Recipe:
-    recipe = Recipe() if name is None else load_recipe(name)
-    changes: dict[str, Any] = {} if model is None else {"model": model}
-    for flag, value in given.items():
-        if flag == "pin":
-            value = {**recipe.allocation.pins, **dict(map(_read_pin, value))}
-        elif flag == "keep":
-            value = [*recipe.output.keep, *value]
-        elif flag == "widths":
-            value = _read_numbers(value, int, flag="--widths", example="2,3,4,8")
-        elif flag == "head_bits" and value.isdecimal():
-            value = int(value)
-        changes |= dict.fromkeys(RECIPE_FLAGS[flag][0], value)
-    recipe = recipe.override(changes)
-    if recipe.model is None:
-        raise RecipeError("no model is named; give MODEL (a folder, a Hub id such as user/name, or demo), or a recipe")
-    return recipe
-
-
-def _read_pin(text: str) -> tuple[str, int]:
-    pattern, _, bits = text.rpartition("=")
-    if not pattern or not bits.isdecimal():
-        raise RecipeError(f"--pin is {text!r}; allowed: PATTERN=BITS, such as '*.down_proj=8'")
-    return pattern, int(bits)
-
-
-def _read_numbers(text: str, kind: Callable[[str], Any], *, flag: str, example: str) -> list[Any]:
-    try:
-        return [kind(item) for item in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{flag} is {text!r}; allowed: numbers with commas between them, such as {example}") from None
 
 
 @_recipe_verb()
@@ -243,7 +202,7 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers can load. The same command again continues."""
-    _refuse_idle_flags(recipe.budget, given)
+    refuse_idle_flags(recipe.budget, given)
     if plan is not None and (decided := [name for name in DECIDED_BY_A_PLAN if name in given]):
         flags = ", ".join("--" + name.replace("_", "-") for name in decided)
         raise RecipeError(
@@ -251,7 +210,7 @@ def quantize(
         )
     if private and push_to_hub is None:
         raise RecipeError("--private would change nothing: nothing is published; use it with --push-to-hub")
-    folder = out or _default_out(recipe, plan)
+    folder = out or default_out(recipe, plan)
     with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
         result = pipeline.quantize_model(
             recipe,
@@ -266,19 +225,6 @@ def quantize(
     _show(tables.show_quantized, result, as_json=as_json)
 
 
-def _default_out(recipe: Recipe, plan: Path | None) -> Path:
-    """<model>-<budget> in the current folder."""
-    name = Path(recipe.model or "").expanduser().resolve().name or "model"
-    return Path(f"{name}-{recipe.budget.label}" if plan is None else f"{name}-{plan.stem}")
-
-
-def _refuse_idle_flags(budget: Budget, given: Mapping[str, Any]) -> None:
-    idle = ["--" + name for name in ("context", "sequences") if name in given]
-    if idle and budget.fit_vram is None:
-        asked = f"--{(budget.kind or 'avg_bits').replace('_', '-')}"
-        raise RecipeError(f"{' and '.join(idle)} would change nothing: the budget is {asked}; use it with --fit-vram")
-
-
 @_recipe_verb()
 def check(
     recipe: Recipe,
@@ -291,7 +237,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `quantize` with the same flags would do and need. Nothing is written; exit code 2 if it cannot work."""
-    _refuse_idle_flags(recipe.budget, given)
+    refuse_idle_flags(recipe.budget, given)
     with _pipeline(quiet=quiet) as (pipeline, _):
         result = pipeline.check(recipe, out=out, work_dir=work_dir, overwrite=overwrite)
     _show(tables.show_check, result, as_json=as_json)
@@ -317,7 +263,7 @@ def plan(
     """Choose the bits of MODEL for one or several budgets, which share one measurement, without quantizing it."""
     asked: list[tuple[str, Any]] = []
     if avg_bits is not None:
-        bits = _read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
+        bits = read_numbers(avg_bits, float, flag="--avg-bits", example="2.5,3,3.5")
         asked += [("avg_bits", value) for value in bits]
     for kind, sizes in (("max_size", max_size), ("fit_vram", fit_vram)):
         asked += [] if sizes is None else [(kind, value) for value in sizes.split(",")]
@@ -330,7 +276,7 @@ def plan(
         recipe = recipe.resolve()
         budgets = [recipe.budget]
     if not any(budget.fit_vram for budget in budgets):
-        _refuse_idle_flags(recipe.budget, given)
+        refuse_idle_flags(recipe.budget, given)
     result: dict[str, Any] = {"out": None if out is None else str(out), "plans": []}
     places = {"out": out, "work_dir": work_dir, "ranks": call.obj}
     with _pipeline(quiet=quiet, ranks=call.obj) as (pipeline, progress):
@@ -390,7 +336,7 @@ def evaluate(
     """Measure perplexity and speed of a model, and what it lost against a baseline; or run lm-eval's tasks on it."""
     run = {"device": device, "dtype": dtype}
     Recipe().override({f"run.{key}": value for key, value in run.items()})
-    of_text = {"text": text, "window": _read_window(window), "stride": stride, "tokens": tokens}
+    of_text = {"text": text, "window": read_window(window), "stride": stride, "tokens": tokens}
     of_text |= {"kl_tokens": kl_tokens, "cache_dir": cache_dir}
     of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
     of_tasks |= {"include_path": include_path, "out": out}
@@ -407,14 +353,6 @@ def evaluate(
         else:
             result = pipeline.run_tasks(model, tasks.split(","), progress=progress, **given)
     _show(tables.show_evaluated if tasks is None else tables.show_tasks, result, as_json=as_json)
-
-
-def _read_window(text: str | None) -> int | str | None:
-    if text is None or text == "own":
-        return text
-    if not text.isdecimal() or int(text) < 2:
-        raise RecipeError(f"--window is {text!r}; allowed: a whole number of at least 2, or own (the model's longest)")
-    return int(text)
 
 
 @app.command()
