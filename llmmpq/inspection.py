@@ -19,7 +19,8 @@ from llmmpq.hf import METHOD, LlmmpqConfig
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import locate_linears
 from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_FILE, read_object, read_plan, verify_digests
-from llmmpq.records import DTYPE_NBYTES, Plan, PlannedLinear
+from llmmpq.records import Plan, PlannedLinear
+from llmmpq.scheme import DTYPE_NBYTES
 
 CONFIG_FILE = "config.json"
 NOT_RECORDED = "not recorded"  # the method of a plan that is read off a folder without one

@@ -13,7 +13,8 @@ from llmmpq.measure.pairs import MAX_NUM_PAIRS, count_pairs, count_passes
 from llmmpq.model.checkpoint import write_text
 from llmmpq.output import read_plan
 from llmmpq.recipe import Budget
-from llmmpq.records import DTYPE_NBYTES, EDITED, Plan, PlannedLinear, Sensitivity
+from llmmpq.records import EDITED, Plan, PlannedLinear, Sensitivity
+from llmmpq.scheme import DTYPE_NBYTES
 from llmmpq.session import Session
 
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from llmmpq.errors import RecipeError
-from llmmpq.records import LARGEST_GROUP
+from llmmpq.scheme import LARGEST_GROUP
 
 DEFAULT_AVG_BITS = 3.5
 BUDGET_KINDS = ("avg_bits", "bits", "max_size", "fit_vram")

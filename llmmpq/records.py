@@ -1,8 +1,4 @@
-"""What passes between the stages: frozen records, validated when built, that know no torch.
-
-`Scheme` is the only place that knows what a quantized matrix costs on disk; everything that counts bytes
-(allocation, writing, loading, inspection) asks it. `docs/format.md` describes the tensors it names.
-"""
+"""What passes between the stages: frozen records, validated when built, that know no torch."""
 
 from __future__ import annotations
 
@@ -13,78 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmmpq.errors import CheckpointError
+from llmmpq.scheme import Scheme, check_layout_version, refuse_newer_schemes
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-WIDTHS = (2, 3, 4, 8)
-LAYOUT_VERSION = 1
-LARGEST_GROUP = 2**20  # wider than any layer: from there on a row is one group
-# 32 codes of b bits fill exactly b 32-bit words, for every width: the unit in which rows are padded.
-CODES_PER_CHUNK = 32
-DTYPE_NBYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How one matrix of shape (out_features, in_features) is stored."""
-
-    bits: int
-    group_size: int
-    symmetric: bool = False
-    scale_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in WIDTHS:
-            raise CheckpointError(f"bits {self.bits!r} is not a stored width: use one of {WIDTHS}")
-        if type(self.group_size) is not int or not 1 <= self.group_size <= LARGEST_GROUP:
-            raise CheckpointError(f"group_size {self.group_size!r} must be a whole number from 1 to {LARGEST_GROUP}")
-        if type(self.symmetric) is not bool:
-            raise CheckpointError(f"symmetric {self.symmetric!r} must be true or false")
-        if self.scale_dtype != "float16":
-            raise CheckpointError(f"scale_dtype {self.scale_dtype!r} is not known: layout 1 stores float16")
-
-    def num_groups(self, in_features: int) -> int:
-        return -(-in_features // self.group_size)
-
-    def tensors(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, int]]]:
-        """Name -> (dtype, shape) of every tensor stored for a matrix of this shape."""
-        num_rows, num_columns = shape
-        num_groups = self.num_groups(num_columns)
-        stored = {
-            "words": ("int32", (num_rows, self.bits * _chunks(num_columns))),
-            "scales": (self.scale_dtype, (num_rows, num_groups)),
-        }
-        if not self.symmetric:
-            stored["zeros"] = ("int32", (num_groups, self.bits * _chunks(num_rows)))
-        return stored
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        return sum(DTYPE_NBYTES[dtype] * math.prod(dims) for dtype, dims in self.tensors(shape).values())
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        return 8 * self.nbytes(shape) / math.prod(shape)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Scheme:
-        try:
-            return cls(
-                bits=data["bits"],
-                group_size=data["group_size"],
-                symmetric=data["symmetric"],
-                scale_dtype=data.get("scale_dtype", "float16"),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"scheme {dict(data)!r} lacks the key {error}") from None
-
-
-def _chunks(num_codes: int) -> int:
-    return -(-num_codes // CODES_PER_CHUNK)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
@@ -172,7 +101,7 @@ class Sensitivity:
             "rounding_kl": None if self.quadratic is None else self.quadratic.rounding_kl,
             "losses": {
                 spec.name: {
-                    str(scheme.bits): float(f"{loss:.6g}")
+                    f"{scheme.code_bits(spec.shape):g}": float(f"{loss:.6g}")
                     for scheme, loss in zip(self.options[spec.name], self.losses[spec.name], strict=True)
                 }
                 for spec in self.linears
@@ -216,6 +145,7 @@ class PlannedLinear:
             raise CheckpointError(f"block {self.block!r} must be a whole number from 0")
         if not isinstance(self.role, str):
             raise CheckpointError(f"role {self.role!r} must be text")
+        self.scheme.widths(sizes)  # the groups it names must be those of the shape
 
     @property
     def nbytes(self) -> int:
@@ -266,12 +196,18 @@ class Plan:
     @property
     def code_bits_per_weight(self) -> float:
         """Codes only, the figure many tools quote."""
-        return sum(linear.scheme.bits * linear.num_weights for linear in self.linears.values()) / self.num_weights
+        code_bits = sum(linear.scheme.code_bits(linear.shape) * linear.num_weights for linear in self.linears.values())
+        return code_bits / self.num_weights
+
+    @property
+    def layout_version(self) -> int:
+        """The first layout that can store all of it."""
+        return max(linear.scheme.layout_version for linear in self.linears.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "llmmpq-plan",
-            "layout_version": LAYOUT_VERSION,
+            "layout_version": self.layout_version,
             "method": self.method,
             "budget": dict(self.budget),
             "nbytes": self.nbytes,
@@ -299,14 +235,12 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != "llmmpq-plan":
             seen = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise CheckpointError(f"not a plan: 'format' is {seen!r}, expected 'llmmpq-plan'")
-        if data.get("layout_version") != LAYOUT_VERSION:
-            raise CheckpointError(
-                f"the plan is for layout version {data.get('layout_version')!r}; this llmmpq writes {LAYOUT_VERSION}"
-            )
+        layout_version = check_layout_version(data.get("layout_version"))
         entries = data.get("linears")
         if not isinstance(entries, Mapping) or not entries:
             raise CheckpointError("the plan's 'linears' must map names to schemes, and must not be empty")
         linears = {name: _read_planned(name, entry) for name, entry in entries.items()}
+        refuse_newer_schemes({name: linear.scheme for name, linear in linears.items()}, layout_version)
         return cls(
             linears=linears,
             method=data.get("method", "edited"),
@@ -337,14 +271,22 @@ def _read_planned(name: str, entry: Any) -> PlannedLinear:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor:
-    """Exactly what is on disk for one linear. `zeros` is None for symmetric schemes."""
+    """Exactly what is on disk for one linear; tensors that its scheme does not store are None."""
 
     words: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    order: torch.Tensor | None = None
+    scale_base: torch.Tensor | None = None
     scheme: Scheme
     shape: tuple[int, int]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        stored = {"words": self.words, "scales": self.scales}
-        return stored if self.zeros is None else stored | {"zeros": self.zeros}
+        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros}
+        named |= {"order": self.order, "scale_base": self.scale_base}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedTensor:
+        """The inverse of `tensors`."""
+        return cls(**{"zeros": None, **tensors}, scheme=scheme, shape=shape)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """`PackedLinear`, the only module we define: an `nn.Linear` whose weight is stored as packed codes.
 
-`words`, `scales` and `zeros` are parameters (never trained) rather than buffers, because device maps and disk
+The stored tensors are parameters (never trained) rather than buffers, because device maps and disk
 offloading in accelerate move parameters and leave buffers where they are. Casting the model changes the bias only:
 the stored tensors keep the dtypes of the layout, so a saved copy is the same bytes.
 """
@@ -17,15 +17,17 @@ from llmmpq.records import PackedTensor, Scheme
 from llmmpq.runtime import ops
 from llmmpq_kernels import reference
 
-STORED = ("words", "scales", "zeros")
+STORED = ("words", "scales", "zeros", "order", "scale_base")
 
 
 class PackedLinear(nn.Module):
-    """`y = x @ dequantized(words, scales, zeros).T + bias`; built empty, filled by loading or by `from_packed`."""
+    """`y = x @ dequantized(stored tensors).T + bias`; built empty, filled by loading or by `from_packed`."""
 
     words: nn.Parameter
     scales: nn.Parameter
     zeros: nn.Parameter | None
+    order: nn.Parameter | None
+    scale_base: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -81,6 +83,8 @@ class PackedLinear(nn.Module):
             scales=self.scales,
             zeros=self.zeros,
             bias=self.bias,
+            order=self.order,
+            scale_base=self.scale_base,
             shape=self.shape,
             scheme=self.scheme,
         )
@@ -91,7 +95,9 @@ class PackedLinear(nn.Module):
             self.words,
             self.scales,
             self.zeros,
-            bits=self.scheme.bits,
+            order=self.order,
+            scale_base=self.scale_base,
+            runs=self.scheme.widths(self.shape),
             group_size=self.scheme.group_size,
             shape=self.shape,
             dtype=dtype,
@@ -99,9 +105,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.scheme.symmetric else "asymmetric"
+        scales = ", 8-bit scales" if self.scheme.scale_dtype == "float8" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
-            f" bits={self.scheme.bits}, group_size={self.scheme.group_size}, {kind}"
+            f" bits={self.scheme.to_json()['bits']}, group_size={self.scheme.group_size}, {kind}{scales}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:

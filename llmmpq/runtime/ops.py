@@ -8,6 +8,7 @@ model grows by thousands of nodes, and a kernel could not be swapped in at run t
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -37,15 +38,13 @@ def _consider_reference(dtype: torch.dtype) -> Candidate:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], bits: int, group_size: int, symmetric: bool
-) -> str:
-    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+def _choose(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], scheme: Scheme) -> str:
     candidates = explain(device, dtype, shape, scheme)
     for candidate in candidates:
         if candidate.accepted:
             return candidate.backend
     reasons = "; ".join(f"{candidate.backend}: {candidate.reason}" for candidate in candidates)
+    bits = scheme.to_json()["bits"]
     raise KernelUnavailableError(f"no backend runs a {bits}-bit matrix of shape {shape} on {device} ({reasons})")
 
 
@@ -59,12 +58,24 @@ def _packed_linear(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
-    bits: int,
+    order: torch.Tensor | None,
+    scale_base: torch.Tensor | None,
+    runs: Sequence[int],
     group_size: int,
 ) -> torch.Tensor:
-    shape = (words.shape[0], x.shape[-1])
-    backend = _choose(x.device, x.dtype, shape, bits, group_size, zeros is None)
-    return _BACKENDS[backend](x, words, scales, zeros, bias, bits=bits, group_size=group_size)
+    """`runs` are the pairs of `Scheme.widths` in one row: an operator takes no nested lists."""
+    shape, pairs = (words.shape[0], x.shape[-1]), tuple(zip(runs[::2], runs[1::2], strict=True))
+    scheme = Scheme(
+        bits=pairs[0][0] if len(pairs) == 1 else None,
+        group_size=group_size,
+        symmetric=zeros is None,
+        scale_dtype="float16" if scale_base is None else "float8",
+        runs=() if len(pairs) == 1 else pairs,
+    )
+    backend = _BACKENDS[_choose(x.device, x.dtype, shape, scheme)]
+    return backend(
+        x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size
+    )
 
 
 @_packed_linear.register_fake
@@ -89,10 +100,13 @@ def packed_linear(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
+    order: torch.Tensor | None = None,
+    scale_base: torch.Tensor | None = None,
     shape: tuple[int, int],
     scheme: Scheme,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` for x of shape [..., in_features], in x's dtype."""
     if x.shape[-1] != shape[1]:
         raise ValueError(f"input has {x.shape[-1]} features, the packed matrix of shape {shape} takes {shape[1]}")
-    return _packed_linear(x, words, scales, zeros, bias, scheme.bits, scheme.group_size)
+    runs = [number for run in scheme.widths(shape) for number in run]
+    return _packed_linear(x, words, scales, zeros, bias, order, scale_base, runs, scheme.group_size)

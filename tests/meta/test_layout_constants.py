@@ -2,14 +2,14 @@
 
 from typing import get_args
 
-from llmmpq import recipe, records
+from llmmpq import recipe, scheme
 from llmmpq_kernels import layout
 
 
 def test_the_widths_agree() -> None:
-    assert records.WIDTHS == layout.WIDTHS == get_args(recipe.Width)
-    assert recipe.Allocation().widths == records.WIDTHS
+    assert scheme.WIDTHS == layout.WIDTHS == get_args(recipe.Width)
+    assert recipe.Allocation().widths == scheme.WIDTHS
 
 
 def test_the_chunks_agree() -> None:
-    assert records.CODES_PER_CHUNK == layout.CODES_PER_CHUNK
+    assert scheme.CODES_PER_CHUNK == layout.CODES_PER_CHUNK

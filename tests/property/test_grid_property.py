@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmmpq.quantize.grid import find_grid
 from llmmpq.quantize.linear import dequantized, quantize_linear
 from llmmpq.quantize.rtn import round_to_nearest
-from llmmpq.records import WIDTHS, Scheme
+from llmmpq.scheme import WIDTHS, Scheme
 
 quick = settings(deadline=None, max_examples=60)
 schemes = st.builds(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmmpq.records import WIDTHS, Scheme
+from llmmpq.scheme import WIDTHS, Scheme
 from llmmpq_kernels import pack, unpack
 
 widths = st.sampled_from(WIDTHS)

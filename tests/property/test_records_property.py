@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmmpq.errors import CheckpointError
-from llmmpq.records import WIDTHS, LinearSpec, Plan, PlannedLinear, Scheme, Sensitivity
+from llmmpq.records import LinearSpec, Plan, PlannedLinear, Scheme, Sensitivity
+from llmmpq.scheme import WIDTHS
 
 names = st.text(min_size=1, max_size=20)
 sizes = st.integers(1, 10**5)

@@ -7,7 +7,7 @@ from llmmpq.errors import CheckpointError
 from llmmpq.quantize import grid as module
 from llmmpq.quantize.grid import Grid, find_grid
 from llmmpq.quantize.rtn import round_to_nearest
-from llmmpq.records import WIDTHS, Scheme
+from llmmpq.scheme import WIDTHS, Scheme
 
 both = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 all_widths = pytest.mark.parametrize("bits", WIDTHS)

@@ -78,7 +78,7 @@ def write_quantized(name: str, folder: Path, dtype: torch.dtype = torch.float32)
                 packed.words,
                 packed.scales,
                 packed.zeros,
-                bits=packed.scheme.bits,
+                runs=packed.scheme.widths(packed.shape),
                 group_size=packed.scheme.group_size,
                 shape=packed.shape,
                 dtype=dtype,

@@ -103,7 +103,7 @@ def test_dequantize_is_the_formula(bits, symmetric, num_columns, group_size, mon
     zeros = None if symmetric else random_codes(num_groups, num_rows, bits, seed=1)
     scales = torch.randn(num_rows, num_groups, generator=torch.Generator().manual_seed(2)).to(torch.float16)
     packed = (pack(codes, bits=bits), scales, None if symmetric else pack(zeros, bits=bits))
-    options = {"bits": bits, "group_size": group_size}
+    options = {"runs": ((bits, num_groups),), "group_size": group_size}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weights = dequantize(*packed, **options, shape=(num_rows, num_columns), dtype=dtype)
         assert weights.dtype == dtype

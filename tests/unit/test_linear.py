@@ -163,17 +163,17 @@ def test_explain_says_which_backend_runs_and_why():
 def test_the_operator_keeps_torchs_contract(symmetric):
     packed = random_packed(symmetric=symmetric)
     x = torch.randn(2, 3, SHAPE[1])
-    arguments = (x, packed.words, packed.scales, packed.zeros, random_bias(), 4, 32)
+    arguments = (x, packed.words, packed.scales, packed.zeros, random_bias(), None, None, [4, 3], 32)
     torch.library.opcheck(torch.ops.llmmpq.packed_linear.default, arguments)
 
 
 def test_the_fake_takes_its_arguments_by_name_too():
     """It names only those it needs; torch must hand over the others in place."""
     packed = random_packed()
-    named = {"words": packed.words, "scales": packed.scales, "zeros": packed.zeros, "bias": None}
+    named = {"words": packed.words, "scales": packed.scales, "zeros": packed.zeros, "bias": None, "order": None, "scale_base": None}
     given = {"x": torch.randn(2, 3, SHAPE[1]), **named}
     given = {name: value if value is None else value.to("meta") for name, value in given.items()}
-    assert torch.ops.llmmpq.packed_linear(**given, bits=4, group_size=32).shape == (2, 3, SHAPE[0])
+    assert torch.ops.llmmpq.packed_linear(**given, runs=[4, 3], group_size=32).shape == (2, 3, SHAPE[0])
 
 
 def test_compiles_without_a_graph_break():
