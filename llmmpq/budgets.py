@@ -18,6 +18,7 @@ from llmmpq.allocate.budget import avg_bits_to_nbytes, vram_margin_nbytes
 from llmmpq.model.checkpoint import TORCH_DTYPES, OutputTensor, most_overhead_nbytes
 from llmmpq.model.kv_cache import kv_cache_nbytes
 from llmmpq.recipe import Budget, parse_size
+from llmmpq.scheme import DTYPE_NBYTES
 from llmmpq.session import Session
 
 
@@ -68,12 +69,20 @@ def _most_overhead_nbytes(session: Session) -> int:
 
 
 def _largest_output(session: Session) -> Iterator[OutputTensor]:
-    """The tensors that would be written if every linear took its widest option."""
+    """Every tensor that some option would write, as large as the largest option makes it."""
     skeleton, options = session.skeleton, session.options()
     for kept in skeleton.kept:
         dtype = TORCH_DTYPES[session.checkpoint.entries[skeleton.stored_names[kept.name]].dtype]
         yield OutputTensor(name=kept.name, dtype=dtype, shape=kept.shape, chunks=list)
     for spec in skeleton.linears:
-        widest = max(options[spec.name], key=lambda scheme: scheme.bits)
-        for key, (name, shape) in widest.tensors(spec.shape).items():
+        stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for scheme in options[spec.name]:
+            for key, (name, shape) in scheme.tensors(spec.shape).items():
+                if key not in stored or _nbytes(name, shape) > _nbytes(*stored[key]):
+                    stored[key] = (name, shape)
+        for key, (name, shape) in stored.items():
             yield OutputTensor(name=f"{spec.name}.{key}", dtype=getattr(torch, name), shape=shape, chunks=list)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPE_NBYTES[dtype] * math.prod(shape)

@@ -131,12 +131,8 @@ def apply_result(block: Block, result: BlockResult) -> None:
     for spec in block.linears:
         linear = block.linear(spec)
         packed = result.packed[spec.name]
-        moved = PackedTensor(
-            words=packed.words.to(block.device),
-            scales=packed.scales.to(block.device),
-            zeros=None if packed.zeros is None else packed.zeros.to(block.device),
-            scheme=packed.scheme,
-            shape=packed.shape,
+        moved = PackedTensor.from_tensors(
+            {key: tensor.to(block.device) for key, tensor in packed.tensors().items()}, packed.scheme, packed.shape
         )
         linear.weight.data = dequantized(moved, linear.weight.dtype)
 

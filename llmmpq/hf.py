@@ -16,7 +16,7 @@ disk than in the module tree.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +30,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmmpq.errors import CheckpointError
-from llmmpq.records import LAYOUT_VERSION, Scheme
+from llmmpq.records import Scheme
+from llmmpq.runtime.contents import checked_names, content_problems
 from llmmpq.runtime.linear import STORED, PackedLinear
+from llmmpq.scheme import LAYOUT_VERSIONS, check_layout_version, refuse_newer_schemes
 
 METHOD = "llmmpq"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-SAFETENSORS_DTYPES = {"I32": torch.int32, "F16": torch.float16}
-SCHEME_TYPES = {"bits": int, "group_size": int, "symmetric": bool, "scale_dtype": str}
+SAFETENSORS_DTYPES = {"I32": torch.int32, "F16": torch.float16, "U8": torch.uint8, "F32": torch.float32}
+SCHEME_TYPES = {"bits": (int, dict), "group_size": (int,), "symmetric": (bool,), "scale_dtype": (str,)}
 MAX_PROBLEMS_SHOWN = 5
 
 
@@ -46,33 +48,33 @@ class LlmmpqConfig(QuantizationConfigMixin):
     def __init__(
         self,
         linears: Mapping[str, Scheme | Mapping[str, Any]] | None = None,
-        layout_version: int = LAYOUT_VERSION,
+        layout_version: int | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         if quant_method != METHOD:
             raise CheckpointError(f"quantization_config: 'quant_method' is {quant_method!r}, expected {METHOD!r}")
-        if type(layout_version) is not int or layout_version != LAYOUT_VERSION:
-            raise CheckpointError(
-                f"quantization_config: 'layout_version' is {layout_version!r}; this llmmpq reads {LAYOUT_VERSION}."
-                " Install the llmmpq that wrote this model, or quantize it again"
-            )
+        version = None if layout_version is None else _checked(lambda: check_layout_version(layout_version))
         if unknown:
             raise CheckpointError(
-                f"quantization_config: layout {LAYOUT_VERSION} does not know the key {min(unknown)!r}"
+                f"quantization_config: layout {LAYOUT_VERSIONS[-1]} does not know the key {min(unknown)!r}"
             )
         if not isinstance(linears, Mapping) or not linears:
             raise CheckpointError(
                 "quantization_config: 'linears' must map the name of each packed linear to its scheme"
             )
         self.quant_method = METHOD  # type: ignore[assignment]  # the enum lists transformers' own methods only
-        self.layout_version = layout_version
         self.linears = {name: _read_scheme(name, linears[name]) for name in linears}
+        # Nothing given: the first layout that can store them all, so that older readers take what they can.
+        self.layout_version = version or max(scheme.layout_version for scheme in self.linears.values())
+        named = {f"linears[{name!r}]": scheme for name, scheme in self.linears.items()}
+        _checked(lambda: refuse_newer_schemes(named, self.layout_version))
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         if "layout_version" not in config_dict:
             raise CheckpointError("quantization_config lacks the key 'layout_version'")
+        _checked(lambda: check_layout_version(config_dict["layout_version"]))
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +88,13 @@ class LlmmpqConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
+def _checked(check: Callable[[], Any]) -> Any:
+    try:
+        return check()
+    except CheckpointError as error:
+        raise CheckpointError(f"quantization_config: {error}") from None
+
+
 def _read_scheme(name: str, scheme: Scheme | Mapping[str, Any]) -> Scheme:
     if isinstance(scheme, Scheme):
         return scheme
@@ -94,9 +103,10 @@ def _read_scheme(name: str, scheme: Scheme | Mapping[str, Any]) -> Scheme:
         raise CheckpointError(f"{where} is {scheme!r}, expected a scheme with the keys bits, group_size, symmetric")
     for key, value in scheme.items():
         if key not in SCHEME_TYPES:
-            raise CheckpointError(f"{where} has the key {key!r}, unknown to layout {LAYOUT_VERSION}")
-        if type(value) is not SCHEME_TYPES[key]:
-            raise CheckpointError(f"{where}: {key!r} is {value!r}, expected {SCHEME_TYPES[key].__name__}")
+            raise CheckpointError(f"{where} has the key {key!r}, unknown to layout {LAYOUT_VERSIONS[-1]}")
+        if type(value) not in SCHEME_TYPES[key]:
+            expected = " or ".join(kind.__name__ for kind in SCHEME_TYPES[key])
+            raise CheckpointError(f"{where}: {key!r} is {value!r}, expected {expected}")
     try:
         return Scheme.from_json(scheme)
     except CheckpointError as error:
@@ -121,7 +131,8 @@ class LlmmpqHfQuantizer(HfQuantizer):
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise CheckpointError(f"llmmpq models load from .safetensors files only, got {checkpoint_files!r}")
         _replace_linears(model, self.quantization_config.linears)
-        problems = _compare_headers(model, _read_headers(model, checkpoint_files, quantizer=self))
+        headers = _read_headers(model, checkpoint_files, quantizer=self)
+        problems = _compare_headers(model, headers) or _check_contents(model, headers)
         if problems:
             more = len(problems) - MAX_PROBLEMS_SHOWN
             listed = "; ".join(problems[:MAX_PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -130,7 +141,7 @@ class LlmmpqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
             # An architecture's `_keep_in_fp32_modules` may have widened the scales on their way in, without loss.
-            if isinstance(module, PackedLinear) and module.scales.dtype != torch.float16:
+            if isinstance(module, PackedLinear) and module.scales.dtype not in (torch.float16, torch.uint8):
                 module.scales = nn.Parameter(module.scales.to(torch.float16))
         # The whole model: a packed linear cannot pass a gradient on to what lies before it.
         return model.requires_grad_(False)
@@ -185,12 +196,15 @@ def _replace_linears(model: PreTrainedModel, linears: Mapping[str, Scheme]) -> N
                 f"quantization_config: {name!r} is packed, but config.json ties its weight to"
                 f" {tied[f'{name}.weight']!r}: set tie_word_embeddings to false or leave {name!r} unpacked"
             )
-        packed = PackedLinear(
-            (linear.out_features, linear.in_features),
-            scheme,
-            has_bias=linear.bias is not None,
-            bias_dtype=linear.weight.dtype,
-        )
+        try:
+            packed = PackedLinear(
+                (linear.out_features, linear.in_features),
+                scheme,
+                has_bias=linear.bias is not None,
+                bias_dtype=linear.weight.dtype,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"quantization_config: linears[{name!r}]: {error}") from None
         _set_module(model, name, packed)
 
 
@@ -243,6 +257,20 @@ def _compare_headers(model: PreTrainedModel, headers: Mapping[str, _Header]) -> 
             problems.append(f"{name} in {header.file} has shape {header.shape}, expected {tuple(wanted.shape)}")
         if owner in packed_names and leaf in STORED and header.dtype != wanted.dtype:
             problems.append(f"{name} in {header.file} is {header.dtype}, expected {wanted.dtype}")
+    return problems
+
+
+def _check_contents(model: PreTrainedModel, headers: Mapping[str, _Header]) -> list[str]:
+    """What is wrong with the few stored numbers that must be right before a kernel sees them, in words."""
+    problems = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and (keys := checked_names(module.scheme)):
+            tensors = {}
+            for key in keys:
+                header = headers[f"{name}.{key}"]
+                with safe_open(header.file, framework="pt") as opened:
+                    tensors[key] = opened.get_tensor(header.key)
+            problems += [f"{name}: {problem}" for problem in content_problems(tensors, module.scheme, module.shape)]
     return problems
 
 

@@ -20,6 +20,7 @@ from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import locate_linears
 from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_FILE, read_object, read_plan, verify_digests
 from llmmpq.records import Plan, PlannedLinear
+from llmmpq.runtime.contents import checked_names, content_problems
 from llmmpq.scheme import DTYPE_NBYTES
 
 CONFIG_FILE = "config.json"
@@ -84,16 +85,22 @@ def inspect_folder(folder: Path, *, advance: Callable[[int], None] = lambda num:
     problems = verify_digests(folder, advance=advance) if verified else []
     quantized_nbytes, expected_names = 0, set()
     for name, linear in plan.linears.items():
+        fits = True
         for key, (dtype, shape) in linear.scheme.tensors(linear.shape).items():
             entry = checkpoint.entries.get(f"{name}.{key}")
             expected_names.add(f"{name}.{key}")
             if entry is None or entry.shape != shape or entry.nbytes != DTYPE_NBYTES[dtype] * math.prod(shape):
                 problems.append(f"{name}.{key} is not stored as {CONFIG_FILE if saved_again else PLAN_FILE} says")
+                fits = False
             else:
                 quantized_nbytes += entry.nbytes
+        if fits and (keys := checked_names(linear.scheme)):
+            stored = checkpoint.read(f"{name}.{key}" for key in keys)
+            found = content_problems({key: stored[f"{name}.{key}"] for key in keys}, linear.scheme, linear.shape)
+            problems += [f"{name}: {problem}" for problem in found]
     return {
         "folder": str(folder),
-        "layout_version": plan.to_json()["layout_version"],
+        "layout_version": plan.layout_version,
         "method": plan.method,
         "budget": dict(plan.budget),
         "bits_per_weight": 8 * quantized_nbytes / plan.num_weights,

@@ -70,13 +70,16 @@ def unmeasured_problem(session: Session) -> Problem:
     if budget.bits is not None:
         pins = {"*": budget.bits} | dict(pins)
         options = {
-            name: tuple(session.scheme(bits) for bits in sorted({budget.bits, *(s.bits for s in schemes)}))
+            name: tuple(session.scheme(bits) for bits in sorted({budget.bits, *(s.bits for s in schemes if s.bits)}))
             for name, schemes in options.items()
         }
     sensitivity = Sensitivity(
         linears=session.skeleton.linears,
         options=options,
-        losses={name: tuple(4.0**-scheme.bits for scheme in schemes) for name, schemes in options.items()},
+        losses={
+            spec.name: tuple(4.0 ** -scheme.code_bits(spec.shape) for scheme in options[spec.name])
+            for spec in session.skeleton.linears
+        },
         num_tokens=0,
         digest="",
     )

@@ -185,14 +185,9 @@ def load_packed(stage: Stage, index: int, plan: Plan) -> BlockResult | None:
     if known is None:
         return None
     notes, tensors = known
-    packed = {
-        name: PackedTensor(
-            words=tensors[f"{name}.words"],
-            scales=tensors[f"{name}.scales"],
-            zeros=tensors.get(f"{name}.zeros"),
-            scheme=plan.linears[name].scheme,
-            shape=plan.linears[name].shape,
-        )
-        for name in notes
-    }
+    packed = {}
+    for name in notes:
+        scheme = plan.linears[name].scheme
+        stored = {key: tensors[f"{name}.{key}"] for key in scheme.stored_names}
+        packed[name] = PackedTensor.from_tensors(stored, scheme, plan.linears[name].shape)
     return BlockResult(packed=packed, notes=notes)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """One quantizable matrix of the model, by its name in the model's state dict (without `.weight`)."""
@@ -240,7 +241,7 @@ class Plan:
         if not isinstance(entries, Mapping) or not entries:
             raise CheckpointError("the plan's 'linears' must map names to schemes, and must not be empty")
         linears = {name: _read_planned(name, entry) for name, entry in entries.items()}
-        refuse_newer_schemes({name: linear.scheme for name, linear in linears.items()}, layout_version)
+        refuse_newer_schemes({f"plan entry {name}": linear.scheme for name, linear in linears.items()}, layout_version)
         return cls(
             linears=linears,
             method=data.get("method", "edited"),

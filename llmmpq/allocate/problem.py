@@ -26,6 +26,11 @@ class Unit:
     pinned: bool = False
 
     @property
+    def code_bits(self) -> tuple[float, ...]:
+        """Of each option; a mean where its groups have several widths."""
+        return tuple(scheme.code_bits(self.members[0].shape) for scheme in self.schemes)
+
+    @property
     def name(self) -> str:
         return self.members[0].name if len(self.members) == 1 else self.members[0].fused_set
 
@@ -101,7 +106,7 @@ def _build_unit(
     by_width = []
     for spec in members:
         options = sensitivity.options[spec.name]
-        by_width.append({scheme.bits: position for position, scheme in enumerate(options)})
+        by_width.append({scheme.code_bits(spec.shape): position for position, scheme in enumerate(options)})
     shared = set.intersection(*(set(widths) for widths in by_width))
     if not wanted <= shared:
         raise InfeasibleBudgetError(

@@ -94,13 +94,10 @@ def to_program(problem: Problem, budget_nbytes: int) -> Program:
 
 
 def uniform(problem: Problem, budget_nbytes: int) -> Solution:
-    """The widest single width that fits everywhere (pinned units keep their pin)."""
-    widths = sorted({scheme.bits for unit in problem.units for scheme in unit.schemes}, reverse=True)
+    """The widest width, or mean of widths, that fits everywhere (pinned units keep their pin)."""
+    widths = sorted({bits for unit in problem.units for bits in unit.code_bits}, reverse=True)
     for bits in widths:
-        choice = [
-            max((i for i, scheme in enumerate(unit.schemes) if scheme.bits <= bits), default=0)
-            for unit in problem.units
-        ]
+        choice = [max((i for i, own in enumerate(unit.code_bits) if own <= bits), default=0) for unit in problem.units]
         if _nbytes(problem, choice) <= budget_nbytes:
             return _solution(problem, choice, bound=None)
     return _solution(problem, [0] * len(problem.units), bound=None)
@@ -116,9 +113,7 @@ def check_feasible(problem: Problem, budget_nbytes: int, budget: dict[str, objec
         raise InfeasibleBudgetError(too_small(budget, smallest, pinned=bool(pinned)))
     pinned_nbytes = sum(unit.nbytes[0] for unit in pinned)
     overhead = smallest - sum(
-        min(scheme.bits for scheme in unit.schemes) * member.num_weights // 8
-        for unit in problem.units
-        for member in unit.members
+        min(unit.code_bits) * member.num_weights / 8 for unit in problem.units for member in unit.members
     )
     binds = f"scales and zeros take {8 * overhead / num_weights:.2f} of them"
     if pinned:

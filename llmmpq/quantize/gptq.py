@@ -70,9 +70,16 @@ def _invert_lower_(lower: torch.Tensor) -> None:
     below.copy_(torch.mm(tail, torch.mm(below, head)).neg_())
 
 
-def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: int) -> torch.Tensor:
-    """The codes (uint8) of the matrix."""
-    upper, order, top = factor.upper_KK, factor.order_K, float(grid.largest_code)
+def gptq(
+    weight_NK: torch.Tensor,
+    grid: Grid,
+    factor: Factor,
+    *,
+    column_block: int,
+    losses_K: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The codes (uint8) of the matrix; `losses_K`, where given, receives the sum of e_i^2 over the rows."""
+    upper, order, tops = factor.upper_KK, factor.order_K, grid.largest_codes
     num_rows, num_columns = weight_NK.shape
     rest_KN = weight_NK.float().t()[order]  # a copy, in visiting order
     codes_KN = torch.empty(num_columns, num_rows, dtype=torch.uint8, device=weight_NK.device)
@@ -88,12 +95,14 @@ def gptq(weight_NK: torch.Tensor, grid: Grid, factor: Factor, *, column_block: i
         for i in range(stop - start):
             group = group_of[start + i]
             scale, zero, row = scales_GN[group], zeros_GN[group], block_KN[i]
-            codes = torch.div(row, scale).round_().add_(zero).clamp_(0.0, top)
+            codes = torch.div(row, scale).round_().add_(zero).clamp_(0.0, tops[group])
             codes_KN[column_of[start + i]] = codes
             error = torch.addcmul(row, codes.sub_(zero), scale, value=-1).div_(pivots[i])
             errors_KN[i] = error
             if i + 1 < stop - start:
                 block_KN[i + 1 :].addr_(block_upper[i, i + 1 :], error, alpha=-1)
+        if losses_K is not None:
+            losses_K[order[start:stop]] = errors_KN.square().sum(1)
         if stop < num_columns:
             rest_KN[stop:].addmm_(upper[start:stop, stop:].t(), errors_KN, alpha=-1)
     return codes_KN.t().contiguous()

@@ -1,7 +1,7 @@
 """Scales and zeros of a matrix, found by an error-weighted search.
 
 In: the weight (rows = outputs), a scheme, and the importance h of each input channel (the diagonal of the input's
-second moment). Out: a `Grid` whose scales are already rounded to what is stored. For every group of every row it
+second moment). Out: a `Grid` whose scales are already such as are stored. For every group of every row it
 approximately minimises
 
     sum_k h_k (w_k - s (q_k - z))^2,    q_k = clamp(round(w_k / s) + z, 0, 2^b - 1)
@@ -13,12 +13,12 @@ z at 2^(b-1) and may have negative scales, so that the extra level falls on whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llmmpq.errors import CheckpointError
+from llmmpq.quantize.scales import StoredScales, stored_scales_for
 from llmmpq.records import Scheme
 
 # Legend: N rows (outputs), K columns (inputs), G groups, g columns of a group.
@@ -26,32 +26,39 @@ from llmmpq.records import Scheme
 SHRINKS = {2: (12, 0.4), 3: (10, 0.5), 4: (6, 0.75), 8: (2, 0.97)}
 # Closed-form refits of the scale; in the first the zero may also move by one step.
 NUM_REFITS = 2
-# The smallest positive float16. Subnormal scales are coarse, but the search sees the scale as it will be stored.
-SMALLEST_SCALE = 2.0**-24
-LARGEST_SCALE = 65504.0
 CHUNK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Scales (float32, exactly representable in the stored dtype) and zeros (whole numbers) per row and group."""
+    """Scales (float32, exactly such as can be stored), zeros (whole numbers) per row and group; widths per group."""
 
     scales_NG: torch.Tensor
     zeros_NG: torch.Tensor
+    widths_G: torch.Tensor  # uint8, in the order of the matrix
+    stored: StoredScales
     scheme: Scheme
 
     @property
-    def largest_code(self) -> int:
-        return 2**self.scheme.bits - 1
+    def largest_codes(self) -> list[float]:
+        """Of each group."""
+        return [float(2**bits - 1) for bits in self.widths_G.tolist()]
 
 
-def find_grid(weight_NK: torch.Tensor, scheme: Scheme, importance_K: torch.Tensor) -> Grid:
+def find_grid(
+    weight_NK: torch.Tensor,
+    scheme: Scheme,
+    importance_K: torch.Tensor,
+    *,
+    bits: int | None = None,
+    stored: StoredScales | None = None,
+) -> Grid:
+    """The grid with `bits` in every group, the scheme's own unless given; scales from `stored`, or the width's own."""
+    bits = bits or scheme.bits
+    if bits is None:
+        raise ValueError(f"a scheme of several widths has no one grid: give bits, {scheme}")
+    stored = stored or stored_scales_for(weight_NK, scheme, bits)
     num_rows, num_columns = weight_NK.shape
-    if _widest_scale(weight_NK, scheme) > LARGEST_SCALE:
-        raise CheckpointError(
-            f"weights of a {num_rows} x {num_columns} layer reach {float(weight_NK.abs().max()):.3g}: their scale "
-            "does not fit into float16. Name the layer with --keep to leave it unquantized."
-        )
     num_groups = scheme.num_groups(num_columns)
     scales = weight_NK.new_empty(num_rows, num_groups, dtype=torch.float32)
     zeros = torch.empty_like(scales)
@@ -60,13 +67,25 @@ def find_grid(weight_NK: torch.Tensor, scheme: Scheme, importance_K: torch.Tenso
         weight_NGg = piece.reshape(piece.shape[0], groups.stop - groups.start, -1)
         columns = slice(groups.start * scheme.group_size, groups.start * scheme.group_size + piece.shape[1])
         importance_Gg = importance_K[columns].float().reshape(weight_NGg.shape[1:])
-        scales[rows, groups], zeros[rows, groups] = _search(weight_NGg, importance_Gg, scheme)
-    return Grid(scales_NG=scales, zeros_NG=zeros, scheme=scheme)
+        found = _search(weight_NGg, importance_Gg, stored, bits=bits, symmetric=scheme.symmetric)
+        scales[rows, groups], zeros[rows, groups] = found
+    widths_G = torch.full((num_groups,), bits, dtype=torch.uint8)
+    return Grid(scales_NG=scales, zeros_NG=zeros, widths_G=widths_G, stored=stored, scheme=scheme)
 
 
-def _widest_scale(weight_NK: torch.Tensor, scheme: Scheme) -> float:
-    low, high = min(float(weight_NK.min()), 0.0), max(float(weight_NK.max()), 0.0)
-    return max(high, -low) / 2 ** (scheme.bits - 1) if scheme.symmetric else (high - low) / (2**scheme.bits - 1)
+def combine_grids(grids: Sequence[Grid], choice_G: Sequence[int]) -> Grid:
+    """The grid that takes each group from the grid of its choice; they must share their stored scales."""
+    groups = list(range(len(choice_G)))
+    stack_BNG = torch.stack([grid.scales_NG for grid in grids])
+    zeros_BNG = torch.stack([grid.zeros_NG for grid in grids])
+    widths_BG = torch.stack([grid.widths_G for grid in grids])
+    return Grid(
+        scales_NG=stack_BNG[choice_G, :, groups].t().contiguous(),
+        zeros_NG=zeros_BNG[choice_G, :, groups].t().contiguous(),
+        widths_G=widths_BG[choice_G, groups],
+        stored=grids[0].stored,
+        scheme=grids[0].scheme,
+    )
 
 
 def _pieces(num_rows: int, num_columns: int, group_size: int) -> Iterator[tuple[slice, slice]]:
@@ -81,12 +100,6 @@ def _pieces(num_rows: int, num_columns: int, group_size: int) -> Iterator[tuple[
             yield slice(start, min(start + rows, num_rows)), slice(full, num_groups)
 
 
-def _stored(scales: torch.Tensor) -> torch.Tensor:
-    """Round to the nearest float16 within range, never to zero, keeping the sign."""
-    magnitude = scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-    return torch.where(scales < 0, -magnitude, magnitude)
-
-
 def _error(
     weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,8 +110,10 @@ def _error(
     return residual.square_().mul_(importance).sum(-1), centred
 
 
-def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    top = 2**scheme.bits - 1
+def _search(
+    weight: torch.Tensor, importance: torch.Tensor, stored: StoredScales, *, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    top = 2**bits - 1
     best_error = weight.new_full(weight.shape[:-1], torch.inf)
     best_scales = torch.ones_like(best_error)
     best_zeros = torch.zeros_like(best_error)
@@ -112,11 +127,11 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> t
         best_zeros = torch.where(better, zeros, best_zeros)
         return centred
 
-    for scales, zeros in _starting_points(weight, scheme, top):
+    for scales, zeros in _starting_points(weight, stored, bits=bits, symmetric=symmetric):
         consider(scales, zeros)
     for refit in range(NUM_REFITS):
         scales, zeros = best_scales, best_zeros
-        for shift in (0, -1, 1) if refit == 0 and not scheme.symmetric else (0,):
+        for shift in (0, -1, 1) if refit == 0 and not symmetric else (0,):
             shifted = (zeros + shift).clamp(0, top)
             centred = consider(scales, shifted)
             weighted = centred * importance
@@ -124,25 +139,28 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> t
             fitted = torch.where(
                 denominator > 0, (weighted * weight).sum(-1) / denominator.clamp_min(torch.finfo().tiny), scales
             )
-            consider(_stored(fitted), shifted)
+            consider(stored.round(fitted), shifted)
     return best_scales, best_zeros
 
 
-def _starting_points(weight: torch.Tensor, scheme: Scheme, top: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _starting_points(
+    weight: torch.Tensor, stored: StoredScales, *, bits: int, symmetric: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     low = weight.amin(-1).clamp_max(0)
     high = weight.amax(-1).clamp_min(0)
-    num_steps, narrowest = SHRINKS[scheme.bits]
+    num_steps, narrowest = SHRINKS[bits]
     for step in range(num_steps):
         shrink = 1 - (1 - narrowest) * step / (num_steps - 1)
-        if scheme.symmetric:
-            zeros = torch.full_like(low, 2 ** (scheme.bits - 1))
-            reach = torch.maximum(high, -low) * shrink / 2 ** (scheme.bits - 1)
-            yield _stored(reach), zeros
-            yield _stored(-reach), zeros
+        if symmetric:
+            zeros = torch.full_like(low, 2 ** (bits - 1))
+            reach = torch.maximum(high, -low) * shrink / 2 ** (bits - 1)
+            yield stored.round(reach), zeros
+            if stored.signed:
+                yield stored.round(-reach), zeros
         else:
-            scales = _stored((high - low) * shrink / top)
-            yield scales, torch.round(-low * shrink / scales).clamp(0, top)
-    if scheme.symmetric:
+            scales = stored.round((high - low) * shrink / (2**bits - 1))
+            yield scales, torch.round(-low * shrink / scales).clamp(0, 2**bits - 1)
+    if symmetric:
         # Wide enough for both ends: exact for weights that are -1, 0 and 1, as ternary models have them.
-        levels = 2 ** (scheme.bits - 1)
-        yield _stored(torch.maximum(high, -low) / (levels - 1)), torch.full_like(low, levels)
+        levels = 2 ** (bits - 1)
+        yield stored.round(torch.maximum(high, -low) / (levels - 1)), torch.full_like(low, levels)

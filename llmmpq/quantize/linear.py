@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from llmmpq.quantize.gptq import Factor, gptq
-from llmmpq.quantize.grid import Grid, find_grid
+from llmmpq.quantize.grid import Grid, combine_grids, find_grid
+from llmmpq.quantize.groups import assign_widths, group_losses
 from llmmpq.quantize.rtn import round_to_nearest
+from llmmpq.quantize.scales import stored_scales_for
 from llmmpq.records import PackedTensor, Scheme
 from llmmpq_kernels.layout import pack
 from llmmpq_kernels.reference import dequantize
+from llmmpq_kernels.runs import pack_runs, pack_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +36,55 @@ def quantize_linear(
     """GPTQ when a factor is given, otherwise round to nearest on the same kind of grid."""
     if not bool(torch.isfinite(importance_K).all()):
         importance_K = torch.ones_like(importance_K)
-    grid = find_grid(weight_NK, scheme, importance_K)
+    grid = _choose_grid(weight_NK, scheme, importance_K=importance_K, factor=factor, column_block=column_block)
     if factor is None:
         return Quantized(packed=_packed(round_to_nearest(weight_NK, grid), grid), algorithm="rtn")
     codes_NK = gptq(weight_NK, grid, factor, column_block=column_block)
     return Quantized(packed=_packed(codes_NK, grid), algorithm="gptq")
 
 
+def _choose_grid(
+    weight_NK: torch.Tensor,
+    scheme: Scheme,
+    *,
+    importance_K: torch.Tensor,
+    factor: Factor | None,
+    column_block: int,
+) -> Grid:
+    """The grid of the scheme; where it has several widths, the groups that lose most get the wide ones."""
+    if not scheme.mixed:
+        return find_grid(weight_NK, scheme, importance_K)
+    runs = scheme.widths((weight_NK.shape[0], weight_NK.shape[1]))
+    stored = stored_scales_for(weight_NK, scheme, runs[0][0])
+    grids = [find_grid(weight_NK, scheme, importance_K, bits=bits, stored=stored) for bits, _ in runs]
+    losses_GB = group_losses(weight_NK, grids, factor=factor, importance_K=importance_K, column_block=column_block)
+    return combine_grids(grids, assign_widths(losses_GB, [count for _, count in runs]))
+
+
 def _packed(codes_NK: torch.Tensor, grid: Grid) -> PackedTensor:
-    bits = grid.scheme.bits
+    scheme, shape = grid.scheme, (codes_NK.shape[0], codes_NK.shape[1])
     zeros_GN = grid.zeros_NG.t().to(torch.uint8).contiguous()
+    scales, base = grid.stored.encode(grid.scales_NG), grid.stored.base
+    if scheme.bits is not None:
+        zeros = None if scheme.symmetric else pack(zeros_GN, bits=scheme.bits)
+        return PackedTensor(
+            words=pack(codes_NK, bits=scheme.bits),
+            scales=scales,
+            zeros=zeros,
+            scale_base=base,
+            scheme=scheme,
+            shape=shape,
+        )
+    runs = scheme.widths(shape)
+    order_G = torch.argsort(grid.widths_G, stable=True).to(codes_NK.device)
     return PackedTensor(
-        words=pack(codes_NK, bits=bits),
-        scales=grid.scales_NG.half(),
-        zeros=None if grid.scheme.symmetric else pack(zeros_GN, bits=bits),
-        scheme=grid.scheme,
-        shape=(codes_NK.shape[0], codes_NK.shape[1]),
+        words=pack_runs(codes_NK, order_G, runs=runs, group_size=scheme.group_size),
+        scales=scales[:, order_G].contiguous(),
+        zeros=None if scheme.symmetric else pack_zeros(zeros_GN, order_G, runs=runs),
+        order=order_G.to(torch.int32),
+        scale_base=base,
+        scheme=scheme,
+        shape=shape,
     )
 
 

@@ -73,9 +73,7 @@ def _packed_linear(
         runs=() if len(pairs) == 1 else pairs,
     )
     backend = _BACKENDS[_choose(x.device, x.dtype, shape, scheme)]
-    return backend(
-        x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size
-    )
+    return backend(x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size)
 
 
 @_packed_linear.register_fake

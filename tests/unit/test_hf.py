@@ -374,7 +374,7 @@ def test_a_packed_head_that_config_json_ties(llama):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout_version": 2}, "'layout_version' is 2"),
+        ({"layout_version": 3}, "'layout_version' is 3"),
         ({"layout_version": "1"}, "'layout_version' is '1'"),
         ({"layout_version": None}, "'layout_version' is None"),
         ({"group_order": [1, 0]}, "does not know the key 'group_order'"),

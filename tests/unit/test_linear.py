@@ -170,7 +170,14 @@ def test_the_operator_keeps_torchs_contract(symmetric):
 def test_the_fake_takes_its_arguments_by_name_too():
     """It names only those it needs; torch must hand over the others in place."""
     packed = random_packed()
-    named = {"words": packed.words, "scales": packed.scales, "zeros": packed.zeros, "bias": None, "order": None, "scale_base": None}
+    named = {
+        "words": packed.words,
+        "scales": packed.scales,
+        "zeros": packed.zeros,
+        "bias": None,
+        "order": None,
+        "scale_base": None,
+    }
     given = {"x": torch.randn(2, 3, SHAPE[1]), **named}
     given = {name: value if value is None else value.to("meta") for name, value in given.items()}
     assert torch.ops.llmmpq.packed_linear(**given, runs=[4, 3], group_size=32).shape == (2, 3, SHAPE[0])

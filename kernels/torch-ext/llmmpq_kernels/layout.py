@@ -1,4 +1,4 @@
-"""Bit packing, of layout version 1 and of each run of version 2: codes in [0, 2^b) to 32-bit words and back, for b in 2, 3, 4, 8.
+"""Bit packing: codes in [0, 2^b) to 32-bit words and back, for b in 2, 3, 4, 8. Each run of layout 2 is packed so too.
 
 A row of K codes is padded with zero codes to a multiple of 32 and becomes b * ceil(K / 32) words.
 

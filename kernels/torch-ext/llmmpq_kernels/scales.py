@@ -4,15 +4,15 @@ f(code) is the float16 whose bits are code << 6: no sign, 4 bits of exponent, 4 
 f(255) = 1.9375. f(0) = 0 is never written. The steps are 1/16 apart at most (relative) above f(16) = 2^-14. The
 product is float32.
 
-Rejected: torch.float8_e4m3fn. It spends a bit on a sign that only symmetric grids could use, and a shift to float16 is one
-instruction where a device has no conversion.
+Rejected: torch.float8_e4m3fn. It spends a bit on a sign that only symmetric grids could use, and a shift to float16
+is one instruction where a device has no conversion.
 """
 
 from __future__ import annotations
 
 import torch
 
-LARGEST_FACTOR = 1.9375  # f(255)
+LARGEST_FACTOR = 1.9375  # f(255): the base of a matrix is its largest scale over this
 NUM_CODES = 256
 
 
@@ -28,11 +28,6 @@ def nearest_scale_codes(scales: torch.Tensor, scale_base: torch.Tensor) -> torch
     factors = _factors(torch.arange(1, NUM_CODES, dtype=torch.uint8, device=scales.device))
     between = (factors[1:] + factors[:-1]) / 2  # exact: two 5-bit fractions
     return torch.bucketize(scales / scale_base, between).add_(1).to(torch.uint8)
-
-
-def scale_base_for(largest: float) -> float:
-    """The base of a matrix whose largest wanted scale is this one."""
-    return max(largest / LARGEST_FACTOR, torch.finfo(torch.float32).tiny)
 
 
 def _factors(codes: torch.Tensor) -> torch.Tensor:
