@@ -11,18 +11,21 @@ from typing import Any
 
 from llmmpq.errors import CheckpointError
 
-Cells = tuple[frozenset[int], ...]
+Cells = tuple[frozenset[float], ...]
 NOTHING = "-"
 MAX_NUMBERED_BLOCKS = 100  # numbers in the cells of more rows than this could not be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitMap:
-    """The code widths of each block (a row) and role (a column); a cell is empty where there is no quantized matrix."""
+    """The code widths of each block (a row) and role (a column), a mean for a matrix of several.
+
+    A cell is empty where there is no quantized matrix.
+    """
 
     roles: Sequence[str]
     blocks: Mapping[int, Cells]
-    outside: Mapping[str, frozenset[int]]  # by role: an output head
+    outside: Mapping[str, frozenset[float]]  # by role: an output head
 
     def merged(self) -> list[tuple[str, Cells]]:
         """Runs of equal blocks become one row, '4-11'."""
@@ -36,10 +39,10 @@ class BitMap:
 def bit_map(linears: Iterable[Mapping[str, Any]]) -> BitMap:
     """Blocks in rising order, roles in the order of the model."""
     roles: dict[str, None] = {}
-    widths: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    widths: dict[int, dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
     for linear in linears:
         roles[linear["role"]] = None
-        widths[linear["block"]][linear["role"]].add(linear["bits"])
+        widths[linear["block"]][linear["role"]].add(mean_bits(linear))
     apart = outside_blocks(widths)
     inside = {block: cells for block, cells in sorted(widths.items()) if block not in apart}
     columns = [role for role in roles if any(role in cells for cells in inside.values())]
@@ -48,6 +51,26 @@ def bit_map(linears: Iterable[Mapping[str, Any]]) -> BitMap:
         blocks={block: tuple(frozenset(cells[role]) for role in columns) for block, cells in inside.items()},
         outside={role: frozenset(found) for block in apart for role, found in widths[block].items()},
     )
+
+
+def width_shares(linear: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The widths in one matrix and the share of its groups that has each, the narrowest first."""
+    bits = linear["bits"]
+    if not isinstance(bits, Mapping):
+        return [(bits, 1.0)]
+    total = sum(bits.values())
+    return sorted((int(width), count / total) for width, count in bits.items())
+
+
+def mean_bits(linear: Mapping[str, Any]) -> float:
+    """An int for a matrix of one width; six digits, so that it names an option as `report.json` does."""
+    shares = width_shares(linear)
+    return shares[0][0] if len(shares) == 1 else float(f"{sum(width * share for width, share in shares):.6g}")
+
+
+def bits_text(bits: float) -> str:
+    """A width, or a mean of widths with one decimal."""
+    return str(bits) if isinstance(bits, int) else f"{bits:.1f}"
 
 
 def outside_blocks(blocks: Mapping[int, Mapping[str, Any]]) -> list[int]:
@@ -73,8 +96,8 @@ def as_text(shown: BitMap) -> str:
     return "\n".join(lines + [f"{role}: {_numbers(cell)}" for role, cell in shown.outside.items()])
 
 
-def _numbers(widths: frozenset[int]) -> str:
-    return "/".join(map(str, sorted(widths))) or NOTHING
+def _numbers(widths: frozenset[float]) -> str:
+    return "/".join(map(bits_text, sorted(widths))) or NOTHING
 
 
 def draw(path: Path, shown: BitMap, *, title: str) -> bool:

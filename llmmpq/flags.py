@@ -138,6 +138,16 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
         ("quantizer.symmetric",),
         _option(bool, "--symmetric/--asymmetric", panel=QUANTIZER, text="Store no zeros, or one for each group."),
     ),
+    "scale_dtype": (
+        ("quantizer.scale_dtype",),
+        _option(
+            str,
+            "--scale-dtype",
+            panel=QUANTIZER,
+            metavar="<float16|float8>",
+            text="How scales are stored: float8 halves what they cost.",
+        ),
+    ),
     "sequential": (
         ("quantizer.sequential",),
         _option(bool, "--sequential/--no-sequential", panel=QUANTIZER, text="Let later layers see quantized ones."),
@@ -168,7 +178,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
 # What a plan file has already decided.
 DECIDED_BY_A_PLAN = (
     *("avg_bits", "bits", "max_size", "fit_vram", "context", "sequences"),
-    *("method", "refine", "widths", "head_bits", "fuse", "pin", "group_size", "symmetric"),
+    *("method", "refine", "widths", "head_bits", "fuse", "pin", "group_size", "symmetric", "scale_dtype"),
 )
 
 

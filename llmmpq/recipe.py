@@ -151,6 +151,7 @@ class Quantizer(_Checked):
     algorithm: Algorithm = "gptq"
     group_size: GroupSize = 64
     symmetric: bool = False
+    scale_dtype: Literal["float16", "float8"] = "float16"
     damping: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.01
     activation_order: bool = True
     sequential: bool = True

@@ -135,8 +135,9 @@ class Scheme:
 def check_layout_version(layout_version: object) -> int:
     """The version, when it is one that this llmmpq reads."""
     if type(layout_version) is not int or layout_version not in LAYOUT_VERSIONS:
+        known = " and ".join(map(str, LAYOUT_VERSIONS))
         raise CheckpointError(
-            f"'layout_version' is {layout_version!r}; this llmmpq reads {' and '.join(map(str, LAYOUT_VERSIONS))}. "
+            f"'layout_version' is {layout_version!r}; this llmmpq reads {known}. "
             "Install the llmmpq that wrote this model, or quantize it again"
         )
     return layout_version

@@ -64,7 +64,12 @@ class Session:
 
     def scheme(self, bits: int) -> Scheme:
         quantizer = self.recipe.quantizer
-        return Scheme(bits=bits, group_size=quantizer.group_size, symmetric=quantizer.symmetric)
+        return Scheme(
+            bits=bits,
+            group_size=quantizer.group_size,
+            symmetric=quantizer.symmetric,
+            scale_dtype=quantizer.scale_dtype,
+        )
 
     def source_files(self) -> list[Path]:
         return [*self.checkpoint.files, self.folder / "config.json", *companion_files(self.folder)]

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmmpq.allocate.budget import asked_for, parts_of
-from llmmpq.bitmap import bit_map, short_names
+from llmmpq.bitmap import bit_map, bits_text, short_names, width_shares
 from llmmpq.progress import duration
 
 Row = Mapping[str, Any]
@@ -308,8 +308,9 @@ def _map_table(headers: Sequence[str], rows: Sequence[Any]) -> Table:
     return table
 
 
-def _cell(widths: frozenset[int]) -> Text:
-    text = Text("/").join(Text(str(bits), style=WIDTH_STYLES.get(bits, "")) for bits in sorted(widths))
+def _cell(widths: frozenset[float]) -> Text:
+    shown = [Text(bits_text(bits), style=WIDTH_STYLES.get(int(bits), "")) for bits in sorted(widths)]
+    text = Text("/").join(shown)
     return text if widths else Text(NOTHING, style="dim")
 
 
@@ -317,12 +318,13 @@ def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
     """The lines that a plan, a result and a folder have in common."""
     groups = sorted({linear["group_size"] for linear in linears})
     kinds = sorted({"symmetric" if linear["symmetric"] else "asymmetric" for linear in linears})
+    scales = " and ".join(sorted({linear.get("scale_dtype", "float16") for linear in linears}))
     return {
         "Asked for": asked_for(plan["budget"]),
         "True bits": f"{plan['bits_per_weight']:.3f} per weight, scales and zeros included",
         "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
         "Widths": _shares(linears, separator=", "),
-        "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}",
+        "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}, {scales} scales",
         "Chosen by": None if plan["budget"].get("kind") == "plan" else ", ".join(_choice(plan)),
     }
 
@@ -351,9 +353,10 @@ def _choice(plan: Row) -> Iterator[str]:
 
 def _shares(linears: Iterable[Row], *, separator: str) -> str:
     """What part of the weights has each width."""
-    weights: dict[int, int] = defaultdict(int)
+    weights: dict[int, float] = defaultdict(float)
     for linear in linears:
-        weights[linear["bits"]] += linear["shape"][0] * linear["shape"][1]
+        for bits, share in width_shares(linear):
+            weights[bits] += share * linear["shape"][0] * linear["shape"][1]
     total = sum(weights.values())
     return separator.join(f"{bits} bits {100 * count / total:.0f} %" for bits, count in sorted(weights.items()))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmmpq.bitmap import outside_blocks, short_names
+from llmmpq.bitmap import bits_text, mean_bits, outside_blocks, short_names, width_shares
 
 Linear = Mapping[str, Any]
 
@@ -56,17 +56,27 @@ class Grid:
 def bits_cell(linears: Sequence[Linear]) -> Cell:
     runs = runs_of(linears)
     text = str(runs[0].bits) if len(runs) == 1 else f"{sum(run.bits * run.share for run in runs):.1f}"
-    title = "; ".join(f"{one['name']}: {one['bits']} bits, groups of {one['group_size']}" for one in linears)
+    title = "; ".join(f"{one['name']}: {bits_of(one)} bits, groups of {one['group_size']}" for one in linears)
     return Cell(text=text, title=title, kind=f"w{runs[0].bits}" if len(runs) == 1 else "", runs=runs)
 
 
 def runs_of(linears: Iterable[Linear]) -> tuple[Run, ...]:
     """The widths of some matrices and the share of their weights that has each, the narrowest first."""
-    weights: dict[int, int] = defaultdict(int)
+    weights: dict[int, float] = defaultdict(float)
     for linear in linears:
-        weights[linear["bits"]] += num_weights(linear)
+        for bits, share in width_shares(linear):
+            weights[bits] += share * num_weights(linear)
     total = sum(weights.values())
     return tuple(Run(bits=bits, share=count / total) for bits, count in sorted(weights.items()))
+
+
+def bits_of(linear: Linear) -> str:
+    """The width of a matrix; where it has several, their mean and what share of the groups has each."""
+    shares = width_shares(linear)
+    if len(shares) == 1:
+        return str(shares[0][0])
+    parts = ", ".join(f"{100 * share:.0f} % {bits}" for bits, share in shares)
+    return f"{bits_text(mean_bits(linear))} ({parts})"
 
 
 def num_weights(linear: Linear) -> int:

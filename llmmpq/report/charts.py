@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmmpq.bitmap import bits_text, mean_bits
 from llmmpq.evaluate.results import KL_FIGURES, mapping, number
 from llmmpq.report.axis import Axis, axis_of
 from llmmpq.report.bit_map import Cell, Grid, Linear, grid_of
@@ -43,10 +44,10 @@ class Track:
 class SensitivityView:
     """`unit` is the power of ten that the figures of the grid are given in."""
 
-    widths: tuple[int, ...]
+    widths: tuple[float, ...]
     tracks: tuple[Track, ...]
     ticks: tuple[tuple[float, str], ...]
-    narrowest: int
+    narrowest: float
     grid: Grid
     unit: str
     num_tokens: int | None
@@ -94,18 +95,19 @@ def sensitivity(evidence: Evidence) -> SensitivityView | None:
     )
 
 
-def _ranked_track(linear: Linear, options: Mapping[int, float], axis: Axis) -> Track:
+def _ranked_track(linear: Linear, options: Mapping[float, float], axis: Axis) -> Track:
+    chosen = mean_bits(linear)
     marks = tuple(
         Mark(
             at=axis.percent(loss),
-            text=str(bits),
-            title=f"{linear['name']} at {bits} bits: {figure(loss)}{', chosen' if bits == linear['bits'] else ''}",
-            kind=f"w{bits}{' chosen' if bits == linear['bits'] else ''}",
+            text=bits_text(bits),
+            title=f"{linear['name']} at {bits} bits: {figure(loss)}{', chosen' if bits == chosen else ''}",
+            kind=f"w{int(bits)}{' chosen' if bits == chosen else ''}",
         )
         for bits, loss in options.items()
         if loss > 0
     )
-    return Track(label=f"{linear['block']} · {linear['role']}", marks=marks, figure=str(linear["bits"]))
+    return Track(label=f"{linear['block']} · {linear['role']}", marks=marks, figure=bits_text(chosen))
 
 
 def _short(value: float) -> str:

@@ -6,6 +6,7 @@ that the page never fails on a figure that is missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,15 @@ class Evidence:
         return "relative error of block outputs" if self.is_local else "KL, nats per token"
 
     @property
-    def losses(self) -> dict[str, dict[int, float]]:
-        """Name -> width -> what that width alone costs; for the matrices of the plan."""
+    def losses(self) -> dict[str, dict[float, float]]:
+        """Name -> width (a mean where there are several) -> what it costs alone; for the matrices of the plan."""
         losses = mapping(mapping(self.report.get("sensitivity")).get("losses"))
         found = {}
         for linear in self.folder["linears"]:
             options = {
-                int(bits): float(loss)
+                width: float(loss)
                 for bits, loss in mapping(losses.get(linear["name"])).items()
-                if str(bits).isdecimal() and number(loss) is not None
+                if (width := _width(str(bits))) is not None and number(loss) is not None
             }
             if options:
                 found[linear["name"]] = dict(sorted(options.items()))
@@ -134,3 +135,14 @@ def _read_curve(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     if mine and others and dict(mine) != dict(others):
         raise CheckpointError(f"{path} is the curve of another model (the digests of its files differ): make it anew")
     return curve
+
+
+def _width(text: str) -> float | None:
+    """A width, an int where it is whole; None for what is no width."""
+    try:
+        width = float(text)
+    except ValueError:
+        return None
+    if not 0 < width < math.inf:
+        return None
+    return int(width) if width.is_integer() else width

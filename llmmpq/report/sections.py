@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmmpq.allocate.budget import asked_for, parts_of, readable
+from llmmpq.bitmap import mean_bits
 from llmmpq.evaluate.results import mapping, number, other_model, task_figures
 from llmmpq.records import EDITED
-from llmmpq.report.bit_map import Grid, Linear, bits_cell, grid_of, num_weights, runs_of
+from llmmpq.report.bit_map import Grid, Linear, bits_cell, bits_of, grid_of, num_weights, runs_of
 from llmmpq.report.evidence import Evidence
 from llmmpq.report.figures import NOTHING, figure, fixed, percent, size
 
@@ -154,7 +155,8 @@ def matrices(evidence: Evidence) -> list[dict[str, Any]]:
         {
             "name": linear["name"],
             "shape": " x ".join(map(str, linear["shape"])),
-            "bits": linear["bits"],
+            "bits": bits_of(linear),
+            "mean_bits": mean_bits(linear),
             "true_bits": f"{8 * linear['nbytes'] / num_weights(linear):.3f}",
             "size": size(linear["nbytes"]),
             "group_size": linear["group_size"],

@@ -24,7 +24,7 @@ def content_problems(tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape:
     if scheme.mixed:
         counts = [count for _, count in scheme.widths(shape)]
         order = tensors["order"].long()
-        if not torch.equal(order.sort().values, torch.arange(len(order))):
+        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
             problems.append(f"order is no permutation of 0 to {len(order) - 1}")
         elif not all(bool((part.diff() > 0).all()) for part in order.split(counts)):
             problems.append("order does not rise inside each run of equal width")
