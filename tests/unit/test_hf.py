@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import llmmpq.hf
 from llmmpq.errors import CheckpointError
 from llmmpq.hf import LlmmpqConfig, LlmmpqForCausalLM
+from llmmpq.quantize.linear import quantize_linear
 from llmmpq.records import PackedTensor, Scheme
-from llmmpq.runtime.linear import PackedLinear
+from llmmpq.runtime.linear import STORED, PackedLinear
 from llmmpq_kernels import dequantize, pack
 from tests import tiny
 
@@ -63,14 +65,29 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> PackedTensor:
     )
 
 
-def write_quantized(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def newer(scheme: Scheme, num_groups: int, position: int) -> Scheme:
+    """Several widths where there are several groups, and every other matrix with 8-bit scales."""
+    scheme = replace(scheme, scale_dtype=("float8", "float16")[position % 2])
+    if num_groups == 1:
+        return scheme
+    wide = 3 if scheme.bits == 2 else scheme.bits
+    return replace(scheme, bits=None, runs=((2, num_groups - 1), (wide, 1)))
+
+
+def write_quantized(name: str, folder: Path, dtype: torch.dtype = torch.float32, *, layout: int = 1) -> nn.Module:
     """Write a packed checkpoint of the tiny model and return the plain model with the dequantized weights."""
     model = tiny.build(name).to(dtype)
     tensors, linears = model.state_dict(), {}
     tied = set(model.all_tied_weights_keys)
     for linear_name, linear in model.named_modules():
         if type(linear) is nn.Linear and f"{linear_name}.weight" not in tied:
-            packed = round_to_nearest(linear.weight.data, SCHEMES[len(linears) % len(SCHEMES)])
+            weight, scheme = linear.weight.data, SCHEMES[len(linears) % len(SCHEMES)]
+            if layout == 1:
+                packed = round_to_nearest(weight, scheme)
+            else:
+                scheme = newer(scheme, scheme.num_groups(weight.shape[1]), len(linears))
+                importance_K = torch.ones(weight.shape[1])
+                packed = quantize_linear(weight, scheme, importance_K=importance_K, factor=None, column_block=1).packed
             linears[linear_name] = packed.scheme
             del tensors[f"{linear_name}.weight"]
             tensors |= {f"{linear_name}.{key}": tensor for key, tensor in packed.tensors().items()}
@@ -78,6 +95,8 @@ def write_quantized(name: str, folder: Path, dtype: torch.dtype = torch.float32)
                 packed.words,
                 packed.scales,
                 packed.zeros,
+                order=packed.order,
+                scale_base=packed.scale_base,
                 runs=packed.scheme.widths(packed.shape),
                 group_size=packed.scheme.group_size,
                 shape=packed.shape,
@@ -104,9 +123,21 @@ def edited(folder: Path):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.fixture(params=[1, 2], ids=["layout 1", "layout 2"])
+def either_llama(request, tmp_path):
+    plain = write_quantized("llama", tmp_path, layout=request.param)
+    return tmp_path, plain
+
+
 @pytest.fixture
 def llama(tmp_path):
     plain = write_quantized("llama", tmp_path)
+    return tmp_path, plain
+
+
+@pytest.fixture
+def llama_2(tmp_path):
+    plain = write_quantized("llama", tmp_path, layout=2)
     return tmp_path, plain
 
 
@@ -133,12 +164,13 @@ def stored_bytes(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 def packed_bytes(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
     stored = stored_bytes(folder)
-    return {key: stored[key] for key in stored if key.endswith((".words", ".scales", ".zeros"))}
+    return {key: stored[key] for key in stored if key.rpartition(".")[2] in STORED}
 
 
+@pytest.mark.parametrize("layout", [1, 2])
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_logits_are_those_of_the_dequantized_model(name, tmp_path):
-    plain = write_quantized(name, tmp_path)
+def test_logits_are_those_of_the_dequantized_model(name, layout, tmp_path):
+    plain = write_quantized(name, tmp_path, layout=layout)
     model = LlmmpqForCausalLM.from_pretrained(tmp_path)
     assert type(model) is type(plain)
     packed = {key for key, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -149,9 +181,10 @@ def test_logits_are_those_of_the_dequantized_model(name, tmp_path):
     assert (logits(model) - logits(tiny.build(name))).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("layout", [1, 2])
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_saving_and_loading_again_keeps_every_byte(name, tmp_path):
-    write_quantized(name, tmp_path / "first")
+def test_saving_and_loading_again_keeps_every_byte(name, layout, tmp_path):
+    write_quantized(name, tmp_path / "first", layout=layout)
     model = LlmmpqForCausalLM.from_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "second", max_shard_size="100kB")
     again = LlmmpqForCausalLM.from_pretrained(tmp_path / "second")
@@ -179,13 +212,17 @@ def test_a_renaming_that_would_miss_the_model_is_not_applied(llama, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_loading_in_a_dtype(name, dtype, tmp_path):
-    plain = write_quantized(name, tmp_path)
+def test_loading_in_a_dtype(name, layout, dtype, tmp_path):
+    plain = write_quantized(name, tmp_path, layout=layout)
     model = LlmmpqForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            assert (module.words.dtype, module.scales.dtype) == (torch.int32, torch.float16)
+            stored = module.scheme.tensors(module.shape)
+            assert {key: str(getattr(module, key).dtype) for key in stored} == {
+                key: f"torch.{kind}" for key, (kind, _) in stored.items()
+            }
             assert module.bias is None or module.bias.dtype == dtype
     # A dequantized weight is rounded once, from float32; the plain model's goes the same way.
     assert torch.equal(logits(model), logits(reloaded(plain, tmp_path, dtype)))
@@ -193,17 +230,19 @@ def test_loading_in_a_dtype(name, dtype, tmp_path):
     assert packed_bytes(tmp_path / "again") == packed_bytes(tmp_path)
 
 
-def test_casting_a_loaded_model_keeps_the_packed_tensors(llama):
-    folder, plain = llama
+def test_casting_a_loaded_model_keeps_the_packed_tensors(either_llama):
+    folder, plain = either_llama
     model = LlmmpqForCausalLM.from_pretrained(folder).to(torch.bfloat16)
-    assert model.model.layers[0].mlp.down_proj.scales.dtype == torch.float16
+    down_proj = model.model.layers[0].mlp.down_proj
+    assert down_proj.scales.dtype == (torch.float16 if down_proj.scale_base is None else torch.uint8)
+    assert down_proj.scale_base is None or down_proj.scale_base.dtype == torch.float32
     assert torch.equal(logits(model), logits(plain.to(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto", "disk"])
-def test_device_maps(device_map, dtype, llama):
-    folder, plain = llama
+def test_device_maps(device_map, dtype, either_llama):
+    folder, plain = either_llama
     options = {"device_map": device_map}
     if device_map == "disk":
         layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
@@ -395,6 +434,101 @@ def test_a_malformed_config(change, message, llama):
         config.update(change)
     with pytest.raises(CheckpointError, match=message):
         LlmmpqForCausalLM.from_pretrained(folder)
+
+
+def run_of(config, *, scale_dtype="float16") -> str:
+    """The name of a matrix of several widths, or of one with 8-bit scales."""
+    return next(
+        name
+        for name, scheme in config["linears"].items()
+        if (isinstance(scheme["bits"], dict) if scale_dtype == "float16" else scheme.get("scale_dtype") == scale_dtype)
+    )
+
+
+@pytest.mark.parametrize("key", ["order", "scale_base"])
+def test_a_missing_tensor_of_layout_2(key, llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (tensors, _):
+        name = next(name for name in tensors if name.endswith(f".{key}"))
+        del tensors[name]
+    refuses(folder, f"{name} is missing")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 0, 1], "order is no permutation of 0 to 2"),
+        ([1, 2, 3], "no permutation"),
+        ([-1, 0, 1], "no permutation"),
+        ([2**31 - 1, 0, 1], "no permutation"),
+        ([2, 0, 1], "order does not rise inside each run"),
+    ],
+)
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_order_that_would_reach_outside(order, message, offload, llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (tensors, _):
+        name = next(name for name, tensor in tensors.items() if name.endswith(".order") and len(tensor) == 3)
+        tensors[name] = torch.tensor(order, dtype=torch.int32)
+    options = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"} if offload else {}
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("base", [0.0, -1.0, float("nan"), float("inf"), 1e-40])
+def test_a_base_that_is_no_positive_number(base, llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (tensors, config):
+        tensors[run_of(config, scale_dtype="float8") + ".scale_base"] = torch.tensor([base])
+    refuses(folder, "scale_base is", "expected a positive normal number")
+
+
+def test_a_scale_code_that_stands_for_nothing(llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (tensors, config):
+        tensors[run_of(config, scale_dtype="float8") + ".scales"][3, 0] = 0
+    refuses(folder, "scales has the code 0")
+
+
+@pytest.mark.parametrize("kind", ["float16", "float8"])
+def test_what_is_new_in_layout_2_is_refused_in_layout_1(kind, llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (_, config):
+        name = run_of(config, scale_dtype=kind)
+        config["layout_version"], config["linears"] = 1, {name: config["linears"][name]}
+    refuses(folder, f"linears['{name}']", "needs 'layout_version' 2, found 1")
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ({"2": 1, "3": 1}, "name 2 groups"),
+        ({"2": 2**31, "3": 1}, "name 2147483649 groups"),
+        ({"2": 3}, "name one width"),
+        ({}, "must map widths"),
+        ({"5": 1, "2": 2}, "must map widths"),
+        ({"2": 3, "4": 0}, "whole number of groups from 1"),
+        ({"2": True, "4": 2}, "whole number of groups from 1"),
+        ({"2": "1", "4": 2}, "whole number of groups from 1"),
+        ({"2": -1, "4": 4}, "whole number of groups from 1"),
+    ],
+)
+def test_counts_that_are_not_those_of_the_matrix(bits, message, llama_2):
+    folder, _ = llama_2
+    with edited(folder) as (tensors, config):
+        name = next(
+            name.removesuffix(".order") for name in tensors if name.endswith(".order") and len(tensors[name]) == 3
+        )
+        config["linears"][name]["bits"] = bits
+    refuses(folder, name, message)
+
+
+def test_old_schemes_are_written_as_layout_1_and_read_as_either():
+    old, new = Scheme(bits=4, group_size=32), Scheme(bits=4, group_size=32, scale_dtype="float8")
+    assert LlmmpqConfig(linears={"a": old}).layout_version == 1
+    assert LlmmpqConfig(linears={"a": old, "b": new}).layout_version == 2
+    data = LlmmpqConfig(linears={"a": old}).to_dict()
+    assert LlmmpqConfig.from_dict(data | {"layout_version": 2}).to_dict() == data | {"layout_version": 2}
 
 
 def test_a_config_without_a_layout_version():
