@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmmpq.errors import CheckpointError
+from llmmpq.scheme import WIDTHS
 
 Cells = tuple[frozenset[float], ...]
 NOTHING = "-"
@@ -71,6 +72,11 @@ def mean_bits(linear: Mapping[str, Any]) -> float:
 def bits_text(bits: float) -> str:
     """A width, or a mean of widths with one decimal."""
     return str(bits) if isinstance(bits, int) else f"{bits:.1f}"
+
+
+def narrower_width(bits: float) -> int:
+    """The stored width whose colour a mean takes."""
+    return max((width for width in WIDTHS if width <= bits), default=WIDTHS[0])
 
 
 def outside_blocks(blocks: Mapping[int, Mapping[str, Any]]) -> list[int]:

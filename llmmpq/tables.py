@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmmpq.allocate.budget import asked_for, parts_of
-from llmmpq.bitmap import bit_map, bits_text, short_names, width_shares
+from llmmpq.bitmap import bit_map, bits_text, narrower_width, short_names, width_shares
 from llmmpq.progress import duration
 
 Row = Mapping[str, Any]
@@ -309,7 +309,7 @@ def _map_table(headers: Sequence[str], rows: Sequence[Any]) -> Table:
 
 
 def _cell(widths: frozenset[float]) -> Text:
-    shown = [Text(bits_text(bits), style=WIDTH_STYLES.get(int(bits), "")) for bits in sorted(widths)]
+    shown = [Text(bits_text(bits), style=WIDTH_STYLES[narrower_width(bits)]) for bits in sorted(widths)]
     text = Text("/").join(shown)
     return text if widths else Text(NOTHING, style="dim")
 

@@ -149,8 +149,11 @@ def _starting_points(
     low = weight.amin(-1).clamp_max(0)
     high = weight.amax(-1).clamp_min(0)
     num_steps, narrowest = SHRINKS[bits]
-    for step in range(num_steps):
-        shrink = 1 - (1 - narrowest) * step / (num_steps - 1)
+    shrinks = [1 - (1 - narrowest) * step / (num_steps - 1) for step in range(num_steps)]
+    if stored.shortfall:
+        # Else coarse scales clip the ends of about every other group, which at eight bits costs more than all rounding.
+        shrinks.insert(0, 1 + stored.shortfall)
+    for shrink in shrinks:
         if symmetric:
             zeros = torch.full_like(low, 2 ** (bits - 1))
             reach = torch.maximum(high, -low) * shrink / 2 ** (bits - 1)

@@ -32,6 +32,11 @@ class StoredScales:
     def signed(self) -> bool:
         return self.base is None
 
+    @property
+    def shortfall(self) -> float:
+        """By how much, relative to it, a scale may be rounded down: half a step of 5 significant bits."""
+        return 0.0 if self.base is None else 1 / 32
+
     def round(self, scales: torch.Tensor) -> torch.Tensor:
         """To the nearest that can be stored, never zero, as float32."""
         if self.base is not None:
@@ -48,15 +53,15 @@ def stored_scales_for(weight_NK: torch.Tensor, scheme: Scheme, narrowest: int) -
     """What the scales of this matrix may be; the narrowest width of its groups needs the largest."""
     low, high = min(float(weight_NK.min()), 0.0), max(float(weight_NK.max()), 0.0)
     levels = 2 ** (narrowest - 1)
-    if scheme.scale_dtype == "float8":
-        # Symmetric: wide enough for both ends, as the widest of the ranges that the search tries.
-        largest = max(high, -low) / (levels - 1) if scheme.symmetric else (high - low) / (2 * levels - 1)
-        base = max(largest / LARGEST_FACTOR, SMALLEST_BASE)
-        return StoredScales(base=torch.tensor([base], dtype=torch.float32, device=weight_NK.device))
     largest = max(high, -low) / levels if scheme.symmetric else (high - low) / (2 * levels - 1)
     if largest > LARGEST_SCALE:
         raise CheckpointError(
             f"weights of a {weight_NK.shape[0]} x {weight_NK.shape[1]} layer reach {max(high, -low):.3g}: their scale "
             "does not fit into float16. Name the layer with --keep to leave it unquantized."
         )
-    return StoredScales(base=None)
+    if scheme.scale_dtype == "float16":
+        return StoredScales(base=None)
+    if scheme.symmetric:
+        largest *= levels / (levels - 1)  # wide enough for both ends, as the widest range that the search tries
+    base = max(largest / LARGEST_FACTOR, SMALLEST_BASE)
+    return StoredScales(base=torch.tensor([base], dtype=torch.float32, device=weight_NK.device))

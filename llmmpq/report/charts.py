@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmmpq.bitmap import bits_text, mean_bits
+from llmmpq.bitmap import bits_text, mean_bits, narrower_width
 from llmmpq.evaluate.results import KL_FIGURES, mapping, number
 from llmmpq.report.axis import Axis, axis_of
 from llmmpq.report.bit_map import Cell, Grid, Linear, grid_of
@@ -102,7 +102,7 @@ def _ranked_track(linear: Linear, options: Mapping[float, float], axis: Axis) ->
             at=axis.percent(loss),
             text=bits_text(bits),
             title=f"{linear['name']} at {bits} bits: {figure(loss)}{', chosen' if bits == chosen else ''}",
-            kind=f"w{int(bits)}{' chosen' if bits == chosen else ''}",
+            kind=f"w{narrower_width(bits)}{' chosen' if bits == chosen else ''}",
         )
         for bits, loss in options.items()
         if loss > 0

@@ -18,6 +18,7 @@ import pytest
 from llmmpq.cli import main
 from llmmpq.recipe import Recipe
 
+PACKED_KEYS = ("words", "scales", "zeros", "order", "scale_base")
 GROUP_SIZE = 28  # divides no input size of the tiny models
 COMMAND = [sys.executable, "-m", "llmmpq"]
 
@@ -121,8 +122,10 @@ def raw_tensors(folder: Path) -> dict[str, RawTensor]:
     return found
 
 
-def packed_names(name: str, *, symmetric: bool) -> list[str]:
-    return [f"{name}.words", f"{name}.scales"] + ([] if symmetric else [f"{name}.zeros"])
+def packed_names(name: str, entry: Mapping[str, Any]) -> list[str]:
+    keys = ["words", "scales"] + ([] if entry["symmetric"] else ["zeros"])
+    keys += ["order"] if isinstance(entry["bits"], dict) else []
+    return [f"{name}.{key}" for key in keys + (["scale_base"] if "scale_dtype" in entry else [])]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -136,14 +139,14 @@ def assert_plan_is_what_is_stored(folder: Path) -> dict[str, Any]:
     total, num_weights = 0, 0
     packed = set()
     for name, entry in plan["linears"].items():
-        names = packed_names(name, symmetric=entry["symmetric"])
+        names = packed_names(name, entry)
         nbytes = sum(len(stored[key].data) for key in names)
         assert nbytes == entry["nbytes"], name
         assert f"{name}.weight" not in stored
         packed |= set(names)
         total += nbytes
         num_weights += entry["shape"][0] * entry["shape"][1]
-    assert {key for key in stored if key.rsplit(".", 1)[1] in ("words", "scales", "zeros")} == packed
+    assert {key for key in stored if key.rsplit(".", 1)[1] in PACKED_KEYS} == packed
     assert (plan["nbytes"], plan["num_weights"]) == (total, num_weights)
     assert plan["bits_per_weight"] == pytest.approx(8 * total / num_weights, abs=1e-6)
     if plan["budget"]["kind"] == "avg_bits":
@@ -153,21 +156,38 @@ def assert_plan_is_what_is_stored(folder: Path) -> dict[str, Any]:
 
 def decoded_weight(stored: Mapping[str, RawTensor], name: str, entry: Mapping[str, Any]) -> np.ndarray:
     """The weight of one linear by docs/format.md, bit by bit."""
-    bits, (num_rows, num_columns) = entry["bits"], entry["shape"]
+    num_rows, num_columns = entry["shape"]
+    size = entry["group_size"]
+    num_groups = -(-num_columns // size)
 
     def array(key: str, dtype: str) -> np.ndarray:
         raw = stored[f"{name}.{key}"]
         return np.frombuffer(raw.data, dtype=dtype).reshape(raw.shape)
 
-    scales = array("scales", "<f2").astype(np.float32)
-    codes = _unpacked(array("words", "<i4"), bits, num_columns)
-    group_of = np.arange(num_columns) // entry["group_size"]
-    if entry["symmetric"]:
-        zeros = np.full(scales.shape, 2 ** (bits - 1), dtype=np.float32)
+    if "scale_dtype" in entry:
+        factors = (array("scales", "<u1").astype("<u2") << 6).view("<f2").astype(np.float32)
+        scales = array("scale_base", "<f4") * factors
     else:
-        zeros = _unpacked(array("zeros", "<i4"), bits, num_rows).T
-    weight: np.ndarray = (codes - zeros[:, group_of]) * scales[:, group_of]
-    return weight
+        scales = array("scales", "<f2").astype(np.float32)
+    words, mixed = array("words", "<i4"), isinstance(entry["bits"], dict)
+    runs = [(int(bits), count) for bits, count in entry["bits"].items()] if mixed else [(entry["bits"], num_groups)]
+    order = array("order", "<i4") if mixed else np.arange(num_groups)
+    zero_words = None if entry["symmetric"] else array("zeros", "<i4").reshape(-1)
+    weight = np.full((num_rows, num_groups * size), np.nan, dtype=np.float32)
+    for bits, count in runs:  # each run eats what is its own
+        run_columns = count * size if mixed else num_columns
+        num_words, num_zero_words = bits * -(-run_columns // 32), count * bits * -(-num_rows // 32)
+        codes = _unpacked(np.ascontiguousarray(words[:, :num_words]), bits, run_columns)
+        zeros = np.full((num_rows, count), 2 ** (bits - 1), dtype=np.float32)
+        if zero_words is not None:
+            zeros = _unpacked(zero_words[:num_zero_words].reshape(count, -1), bits, num_rows).T
+            zero_words = zero_words[num_zero_words:]
+        for place, group in enumerate(order[:count]):
+            part = codes[:, place * size : (place + 1) * size]
+            columns = slice(group * size, group * size + part.shape[1])
+            weight[:, columns] = (part - zeros[:, place, None]) * scales[:, place, None]
+        words, scales, order = words[:, num_words:], scales[:, count:], order[count:]
+    return weight[:, :num_columns]
 
 
 def _unpacked(words: np.ndarray, bits: int, num_codes: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def _assert_kept_as_they_were(source: Path, out: Path) -> None:
     packed = {
         key
         for name, entry in assert_plan_is_what_is_stored(out)["linears"].items()
-        for key in packed_names(name, symmetric=entry["symmetric"])
+        for key in packed_names(name, entry)
     }
     assert {name: tensor for name, tensor in after.items() if name not in packed} == {
         name: tensor

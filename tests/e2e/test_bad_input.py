@@ -379,6 +379,7 @@ def test_a_plan_for_another_size(made_plan: tuple[Path, dict[str, Any]], attempt
         {"bits": 5},
         {"bits": 3.0},
         {"bits": "3"},
+        {"bits": {"2": 1, "3": 1}},  # new in layout 2, and the plan says 1
         {"group_size": 0},
         {"group_size": True},
         {"group_size": 10**30},

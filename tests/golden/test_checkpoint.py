@@ -1,25 +1,60 @@
-"""A checkpoint written by layout version 1, which every later llmmpq must read to the same numbers."""
+"""Checkpoints of each layout version, which every later llmmpq must read to the same numbers."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmmpq import LlmmpqForCausalLM, pipeline
+from llmmpq.bitmap import width_shares
 from tests import tiny
 
-FOLDER = Path(__file__).parent / "tiny-llama-v1"  # two blocks, widths 2, 3, 4 and 8, four shards
-LOGITS = [-0.71420008, 0.90050673, 0.49403888, -0.07503948, 0.92676783, 0.26563963, -0.22945717, 0.04064663]
+HERE = Path(__file__).parent
+# Version 1: widths 2, 3, 4 and 8, four shards. Version 2: several widths in a matrix, 8-bit scales, with and without
+# zeros, each alone and together; short last groups.
+LOGITS = {
+    "tiny-llama-v1": [
+        -0.71420008,
+        0.90050673,
+        0.49403888,
+        -0.07503948,
+        0.92676783,
+        0.26563963,
+        -0.22945717,
+        0.04064663,
+    ],
+    "tiny-llama-v2": [
+        -0.71536613,
+        0.42834806,
+        -0.35738665,
+        0.12303636,
+        -0.68098062,
+        0.82863188,
+        0.26788658,
+        -0.87400377,
+    ],
+}
+every_version = pytest.mark.parametrize(("version", "name"), enumerate(LOGITS, start=1))
 
 
-def test_it_is_intact_and_holds_every_width() -> None:
-    found = pipeline.inspect(FOLDER)
+@every_version
+def test_it_is_intact_and_holds_every_width(version: int, name: str) -> None:
+    found = pipeline.inspect(HERE / name)
     assert found["problems"] == []
-    assert {linear["bits"] for linear in found["linears"]} == {2, 3, 4, 8}
+    assert found["layout_version"] == version
+    assert {bits for linear in found["linears"] for bits, _ in width_shares(linear)} == {2, 3, 4, 8}
 
 
-def test_it_still_computes_the_same() -> None:
-    model = LlmmpqForCausalLM.from_pretrained(str(FOLDER), dtype=torch.float32)
+def test_version_2_has_every_kind_of_matrix() -> None:
+    linears = pipeline.inspect(HERE / "tiny-llama-v2")["linears"]
+    kinds = {(isinstance(one["bits"], dict), "scale_dtype" in one, one["symmetric"]) for one in linears}
+    assert kinds == {*product([True, False], repeat=3)} - {(False, False, True)}
+
+
+@every_version
+def test_it_still_computes_the_same(version: int, name: str) -> None:
+    model = LlmmpqForCausalLM.from_pretrained(str(HERE / name), dtype=torch.float32)
     with torch.no_grad():
-        logits = model(tiny.token_ids(1, 8, 0)).logits[0, -1, : len(LOGITS)]
-    assert logits.tolist() == pytest.approx(LOGITS, abs=1e-5)
+        logits = model(tiny.token_ids(1, 8, 0)).logits[0, -1, : len(LOGITS[name])]
+    assert logits.tolist() == pytest.approx(LOGITS[name], abs=1e-5)

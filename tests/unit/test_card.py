@@ -152,6 +152,8 @@ def test_remarks_name_no_folder_of_this_machine():
 def test_the_map_as_text_and_as_a_picture(tmp_path, monkeypatch):
     shown = bit_map([*FOUND["linears"], {"block": 0, "role": "q_proj", "bits": 8}])
     assert as_text(shown) == "block    q  down\n    0  2/8     4\n  1-2    3     4"
+    mixed = bit_map([*FOUND["linears"], {"block": 0, "role": "q_proj", "bits": {"2": 2, "3": 1}}])
+    assert as_text(mixed) == "block      q  down\n    0  2/2.3     4\n  1-2      3     4"
     for name in ("one.png", "two.png"):
         assert draw(tmp_path / name, shown, title="tiny")
     picture = (tmp_path / "one.png").read_bytes()

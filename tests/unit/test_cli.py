@@ -691,3 +691,14 @@ def test_a_real_interrupt_of_a_real_run(tmp_path):
     assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_matrices_of_several_widths_are_shown_by_their_mean_and_their_shares():
+    rows = [
+        {"role": "q_proj", "block": 0, "bits": {"2": 3, "3": 1}, "shape": [64, 256]},
+        {"role": "q_proj", "block": 1, "bits": {"4": 1, "8": 1}, "shape": [64, 256]},
+    ]
+    stream = io.StringIO()
+    tables.show_bit_map(Console(file=stream, width=80), rows)
+    assert stream.getvalue().split() == ["block", "q_proj", "0", "2.2", "1", "6.0"]
+    assert tables._shares(rows, separator=", ") == "2 bits 38 %, 3 bits 12 %, 4 bits 25 %, 8 bits 25 %"

@@ -82,6 +82,74 @@ def test_bytes_by_hand(scheme, shape, expected):
     assert scheme.bits_per_weight(shape) == 8 * expected / math.prod(shape)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "shape", "expected"),
+    [
+        # Three full groups of 2 bits, then one of 3; words of both runs, scales, zeros of each group, order.
+        (
+            Scheme(bits=None, runs=((2, 3), (3, 1)), group_size=64),
+            (40, 256),
+            40 * (2 * 6 + 3 * 2) * 4 + 40 * 4 * 2 + (3 * 2 * 2 + 1 * 3 * 2) * 4 + 4 * 4,
+        ),
+        # The short last group is counted as a full one: 24 columns are a chunk in either run.
+        (
+            Scheme(bits=None, runs=((2, 1), (4, 1)), group_size=24, symmetric=True),
+            (5, 33),
+            5 * (2 + 4) * 4 + 5 * 2 * 2 + 2 * 4,
+        ),
+        (
+            Scheme(bits=4, group_size=64, symmetric=True, scale_dtype="float8"),
+            (64, 128),
+            64 * 4 * 4 * 4 + 64 * 2 * 1 + 4,
+        ),
+    ],
+)
+def test_bytes_of_layout_2_by_hand(scheme, shape, expected):
+    assert scheme.nbytes(shape) == expected
+    assert scheme.layout_version == 2
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (((2, 3),), "name one width"),
+        (((3, 1), (2, 1)), "must rise"),
+        (((2, 1), (2, 1)), "must rise"),
+        (((2, 1), (5, 1)), "must be from"),
+        (((2, 0), (3, 1)), "from 1"),
+        (((2, 1.0), (3, 1)), "from 1"),
+        (((2, True), (3, 1)), "from 1"),
+        ((("2", 1), (3, 1)), "must be from"),
+    ],
+)
+def test_runs_that_cannot_be(runs, message):
+    with pytest.raises(CheckpointError, match=message):
+        Scheme(bits=None, runs=runs, group_size=64)
+
+
+def test_bits_and_runs_exclude_each_other():
+    with pytest.raises(CheckpointError, match="exclude each other"):
+        Scheme(bits=3, runs=((2, 1), (3, 1)), group_size=64)
+
+
+def test_runs_must_be_all_groups_of_the_shape():
+    scheme = Scheme(bits=None, runs=((2, 3), (3, 1)), group_size=64)
+    assert scheme.widths((8, 200)) == ((2, 3), (3, 1))
+    assert scheme.code_bits((8, 200)) == 2.25
+    with pytest.raises(CheckpointError, match="name 4 groups: 257 inputs in groups of 64 are 5"):
+        scheme.tensors((8, 257))
+    with pytest.raises(CheckpointError, match="name 4 groups"):
+        PlannedLinear(shape=(8, 64), block=0, role="up", scheme=scheme)
+
+
+def test_a_scheme_of_layout_1_has_the_keys_of_layout_1():
+    assert Scheme(bits=3, group_size=64).to_json() == {"bits": 3, "group_size": 64, "symmetric": False}
+    mixed = Scheme(bits=None, runs=((2, 3), (3, 1)), group_size=64, scale_dtype="float8")
+    data = {"bits": {"2": 3, "3": 1}, "group_size": 64, "symmetric": False, "scale_dtype": "float8"}
+    assert mixed.to_json() == data
+    assert Scheme.from_json(data | {"bits": {"3": 1, "2": 3}}) == mixed  # in whatever order a person writes them
+
+
 def test_a_scheme_is_a_value():
     assert Scheme(bits=4, group_size=64) == Scheme(bits=4, group_size=64, symmetric=False)
     assert len({Scheme(bits=4, group_size=64), Scheme(bits=4, group_size=64)}) == 1
@@ -187,3 +255,18 @@ def test_a_scheme_with_unknown_keys_of_a_later_layout_is_not_taken_for_this_one(
     data["linears"]["up"]["scale_dtype"] = "float8"
     with pytest.raises(CheckpointError, match=r"plan entry up.*scale_dtype"):
         Plan.from_json(data)
+
+
+def test_a_plan_names_the_first_layout_that_can_store_it():
+    data = plan_json()
+    assert data["layout_version"] == 1
+    assert Plan.from_json(data | {"layout_version": 2}).to_json() == data
+    data["linears"]["up"]["bits"] = {"2": 1, "3": 1}
+    with pytest.raises(CheckpointError, match=r"plan entry up: .* needs 'layout_version' 2, found 1"):
+        Plan.from_json(data)
+    plan = Plan.from_json(data | {"layout_version": 2})
+    assert plan.to_json()["layout_version"] == 2
+    assert plan.code_bits_per_weight == 2.5
+    data["linears"]["up"]["bits"] = {"2": 2, "3": 1}
+    with pytest.raises(CheckpointError, match=r"plan entry up: bits .* name 3 groups"):
+        Plan.from_json(data | {"layout_version": 2})

@@ -400,3 +400,36 @@ def test_no_page_is_wider_than_its_screen(name: str, width: int, chromium: Brows
     assert chromium.complaints() == []
     assert chromium.requests() == [path.as_uri()]
     assert chromium.evaluate("window.taken") is None
+
+
+# Matrices of several widths
+
+
+def with_mixed(known: Evidence) -> Evidence:
+    """The first matrix has three groups in four at 2 bits, one at 3, and was measured so."""
+    first, *others = known.folder["linears"]
+    first = {**first, "bits": {"2": 24, "3": 8}}
+    losses = dict(known.report["sensitivity"]["losses"])
+    losses[first["name"]] = {"2": 0.5, "2.25": 0.2, "4": 0.01}
+    report = {**known.report, "sensitivity": {**known.report["sensitivity"], "losses": losses}}
+    return replace(with_folder(known, linears=[first, *others]), report=report)
+
+
+def test_a_matrix_of_several_widths_is_shown_by_its_mean_and_its_shares():
+    known = with_mixed(make_evidence())
+    first = known.folder["linears"][0]
+    cell = bit_map.bits_cell([first])
+    assert cell.text == "2.2"
+    assert [(run.bits, run.share) for run in cell.runs] == [(2, 0.75), (3, 0.25)]
+    assert "2.2 (75 % 2, 25 % 3) bits, groups of 128" in cell.title
+    assert sections.matrices(known)[0]["bits"] == "2.2 (75 % 2, 25 % 3)"
+    shown = charts.sensitivity(known)
+    assert shown is not None
+    assert 2.25 in shown.widths
+    track = next(track for track in shown.tracks if track.figure == "2.2")
+    assert [mark.kind for mark in track.marks if "chosen" in mark.kind] == ["w2 chosen"]
+    total = sum(part["share"] for part in sections.widths(known))
+    assert total == pytest.approx(100)
+    page = render(known)
+    assert "loss at 2.25" in page
+    assert "2.2 (75 % 2, 25 % 3)" in page
