@@ -41,8 +41,7 @@ def group_losses(
     losses_GB = np.zeros((num_groups, len(grids)))
     for position, grid in enumerate(grids):
         if factor is None:
-            error_NK = weight_NK.float() - _on_grid(round_to_nearest(weight_NK, grid), grid)
-            losses_K = error_NK.square().sum(0) * importance_K.float()
+            losses_K = _rounding_losses(weight_NK, grid) * importance_K.float()
         else:
             losses_K = torch.empty(weight_NK.shape[1], dtype=torch.float32, device=weight_NK.device)
             gptq(weight_NK, grid, factor, column_block=column_block, losses_K=losses_K)
@@ -51,10 +50,15 @@ def group_losses(
     return losses_GB
 
 
-def _on_grid(codes_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
-    num_columns, size = codes_NK.shape[1], grid.scheme.group_size
-    zeros_NK = grid.zeros_NG.repeat_interleave(size, dim=1)[:, :num_columns]
-    return (codes_NK.float() - zeros_NK) * grid.scales_NG.repeat_interleave(size, dim=1)[:, :num_columns]
+def _rounding_losses(weight_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Squared error of plain rounding, summed over the rows, group by group: copies of the matrix may not fit."""
+    codes_NK = round_to_nearest(weight_NK, grid)
+    losses = []
+    for group, codes in enumerate(codes_NK.split(grid.scheme.group_size, dim=1)):
+        start = group * grid.scheme.group_size
+        values = (codes.float() - grid.zeros_NG[:, group, None]) * grid.scales_NG[:, group, None]
+        losses.append((weight_NK[:, start : start + codes.shape[1]].float() - values).square().sum(0))
+    return torch.cat(losses)
 
 
 def assign_widths(losses_GB: np.ndarray, counts: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from llmmpq.errors import KernelUnavailableError
-from llmmpq.records import Scheme
+from llmmpq.scheme import Runs, Scheme
 from llmmpq_kernels import reference
 
 
@@ -35,6 +35,13 @@ def _consider_reference(dtype: torch.dtype) -> Candidate:
     if not dtype.is_floating_point:
         return Candidate("reference", False, f"activations are {dtype}, not floating point")
     return Candidate("reference", True, "plain torch, runs on any device; dequantizes the whole matrix for each call")
+
+
+@functools.lru_cache(maxsize=1024)
+def _scheme_of(runs: Runs, group_size: int, *, symmetric: bool, scale_dtype: str) -> Scheme:
+    if len(runs) == 1:
+        return Scheme(bits=runs[0][0], group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    return Scheme(bits=None, runs=runs, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -64,15 +71,10 @@ def _packed_linear(
     group_size: int,
 ) -> torch.Tensor:
     """`runs` are the pairs of `Scheme.widths` in one row: an operator takes no nested lists."""
-    shape, pairs = (words.shape[0], x.shape[-1]), tuple(zip(runs[::2], runs[1::2], strict=True))
-    scheme = Scheme(
-        bits=pairs[0][0] if len(pairs) == 1 else None,
-        group_size=group_size,
-        symmetric=zeros is None,
-        scale_dtype="float16" if scale_base is None else "float8",
-        runs=() if len(pairs) == 1 else pairs,
-    )
-    backend = _BACKENDS[_choose(x.device, x.dtype, shape, scheme)]
+    pairs = tuple(zip(runs[::2], runs[1::2], strict=True))
+    scale_dtype = "float16" if scale_base is None else "float8"
+    scheme = _scheme_of(pairs, group_size, symmetric=zeros is None, scale_dtype=scale_dtype)
+    backend = _BACKENDS[_choose(x.device, x.dtype, (words.shape[0], x.shape[-1]), scheme)]
     return backend(x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size)
 
 

@@ -420,7 +420,7 @@ def test_a_plan_that_is_none(content: str, attempt: Attempt) -> None:
 
 
 def test_a_plan_of_a_later_layout(made_plan: tuple[Path, dict[str, Any]], attempt: Attempt) -> None:
-    _fails_with_plan(attempt, made_plan[1] | {"layout_version": 2}, says="layout version 2")
+    _fails_with_plan(attempt, made_plan[1] | {"layout_version": 3}, says="'layout_version' is 3")
 
 
 def test_a_file_where_plans_shall_go(attempt: Attempt) -> None:

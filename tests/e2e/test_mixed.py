@@ -59,11 +59,9 @@ def test_a_plan_of_several_widths(
     assert outcome.code == 0, outcome.stderr
 
     plan = assert_plan_is_what_is_stored(out)
-    schemes = ("bits", "group_size", "symmetric", "scale_dtype")
-    for linear_name, entry in plan["linears"].items():
-        assert {key: entry.get(key) for key in schemes} == {
-            key: asked["linears"][linear_name].get(key) for key in schemes
-        }
+    for key in ("bits", "group_size", "symmetric", "scale_dtype"):
+        got, wanted = ({name: one.get(key) for name, one in made["linears"].items()} for made in (plan, asked))
+        assert got == wanted
     assert plan["layout_version"] == 2
     found = inspect(out)
     assert (found["problems"], found["layout_version"]) == ([], 2)
@@ -91,7 +89,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, calibratio
             out=tmp_path / "parts",
             plan_file=file,
             work_dir=tmp_path / "two",
-            progress=Recorder(interrupt_at=12),
+            progress=Recorder(interrupt_at=24),
         )
     summary = quantize_model(recipe, out=tmp_path / "parts", plan_file=file, work_dir=tmp_path / "two")
     assert summary["resumed_blocks"] >= 1
