@@ -30,6 +30,7 @@ class ExecuteSettings:
     damping: float
     activation_order: bool
     column_block: int
+    sweeps: int
     sequential: bool
     correction: float
 
@@ -89,12 +90,18 @@ def quantize_block(
                 importance_K=importance_K,
                 factor=factor,
                 column_block=settings.column_block,
+                sweeps=settings.sweeps,
             )
             block.ranks.take_first_(quantized.packed.tensors())  # equal already, unless their machines differ
             packed[spec.name] = quantized.packed
             others[spec.name] = {
                 scheme: quantize_linear(
-                    weight, scheme, importance_K=importance_K, factor=factor, column_block=settings.column_block
+                    weight,
+                    scheme,
+                    importance_K=importance_K,
+                    factor=factor,
+                    column_block=settings.column_block,
+                    sweeps=settings.sweeps,
                 ).packed
                 for scheme in (options or {}).get(spec.name, ())
                 if scheme != plan.linears[spec.name].scheme

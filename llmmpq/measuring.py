@@ -241,6 +241,7 @@ def measure_settings(job: Job) -> MeasureSettings:
         damping=recipe.quantizer.damping,
         activation_order=recipe.quantizer.activation_order,
         column_block=recipe.quantizer.column_block,
+        sweeps=recipe.quantizer.sweeps,
         num_probe_tokens=recipe.measurement.tokens,
     )
 

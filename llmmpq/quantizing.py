@@ -144,6 +144,7 @@ def execute_settings(session: Session) -> ExecuteSettings:
         damping=quantizer.damping,
         activation_order=quantizer.activation_order,
         column_block=quantizer.column_block,
+        sweeps=quantizer.sweeps,
         sequential=quantizer.sequential,
         correction=quantizer.correction,
     )

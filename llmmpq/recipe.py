@@ -157,6 +157,7 @@ class Quantizer(_Checked):
     sequential: bool = True
     correction: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.5  # of the error coming in
     column_block: Positive = 128
+    sweeps: Annotated[int, Rule("from 0 to 100", lambda number: 0 <= number <= 100)] = 3  # of descent after GPTQ
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ class MeasureSettings:
     damping: float
     activation_order: bool
     column_block: int
+    sweeps: int
     num_probe_tokens: int
 
 
@@ -72,6 +73,7 @@ def candidates_of(
                     importance_K=importance_K,
                     factor=factor,
                     column_block=settings.column_block,
+                    sweeps=settings.sweeps,
                 )
                 yield spec, position, quantized.packed
     for spec in unreached:

@@ -28,12 +28,13 @@ class Factor:
 
     upper_KK: torch.Tensor
     order_K: torch.Tensor
+    moment_KK: torch.Tensor  # the second moment itself, damped, in the order of the matrix
     damping: float  # share of the mean diagonal that was needed
     num_dead: int  # channels that were always zero
 
 
 def factorize(moment_KK: torch.Tensor, *, damping: float, activation_order: bool) -> Factor | None:
-    """None when no damping of the ladder makes the moment positive definite."""
+    """None when no damping of the ladder makes the moment positive definite. The factor keeps it, damped in place."""
     diagonal = moment_KK.diagonal()
     if not bool(torch.isfinite(diagonal).all()) or float(diagonal.max()) <= 0:
         return None
@@ -52,7 +53,10 @@ def factorize(moment_KK: torch.Tensor, *, damping: float, activation_order: bool
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             _invert_lower_(lower)
             upper = lower.flip(0, 1)
-            return Factor(upper_KK=upper, order_K=order, damping=damping * step, num_dead=int(dead.sum()))
+            moment_KK.diagonal().add_(mean * damping * step + dead * mean)
+            return Factor(
+                upper_KK=upper, order_K=order, moment_KK=moment_KK, damping=damping * step, num_dead=int(dead.sum())
+            )
     return None
 
 

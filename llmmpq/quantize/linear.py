@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmmpq.quantize.descent import descend
 from llmmpq.quantize.gptq import Factor, gptq
 from llmmpq.quantize.grid import Grid, combine_grids, find_grid
 from llmmpq.quantize.groups import assign_widths, group_losses
@@ -32,14 +33,16 @@ def quantize_linear(
     importance_K: torch.Tensor,
     factor: Factor | None,
     column_block: int,
+    sweeps: int = 0,
 ) -> Quantized:
-    """GPTQ when a factor is given, otherwise round to nearest on the same kind of grid."""
+    """GPTQ and so many sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
     if not bool(torch.isfinite(importance_K).all()):
         importance_K = torch.ones_like(importance_K)
     grid = _choose_grid(weight_NK, scheme, importance_K=importance_K, factor=factor, column_block=column_block)
     if factor is None:
         return Quantized(packed=_packed(round_to_nearest(weight_NK, grid), grid), algorithm="rtn")
     codes_NK = gptq(weight_NK, grid, factor, column_block=column_block)
+    codes_NK, grid = descend(weight_NK, codes_NK, grid, factor, sweeps=sweeps, column_block=column_block)
     return Quantized(packed=_packed(codes_NK, grid), algorithm="gptq")
 
 
