@@ -18,7 +18,7 @@ from llmmpq.measure.moments import Moment
 from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
-from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
 from llmmpq.records import LinearSpec, PackedTensor, Plan, Scheme
 
 
@@ -84,25 +84,18 @@ def quantize_block(
             weight = originals[spec.name]
             if factor is not None and spec.name in targets:
                 weight = corrected_weight(weight, targets.pop(spec.name), factor, share=settings.correction)
-            quantized = quantize_linear(
+            quantizer = LinearQuantizer(
                 weight,
-                plan.linears[spec.name].scheme,
                 importance_K=importance_K,
                 factor=factor,
                 column_block=settings.column_block,
                 sweeps=settings.sweeps,
             )
+            quantized = quantizer.quantize(plan.linears[spec.name].scheme)
             block.ranks.take_first_(quantized.packed.tensors())  # equal already, unless their machines differ
             packed[spec.name] = quantized.packed
             others[spec.name] = {
-                scheme: quantize_linear(
-                    weight,
-                    scheme,
-                    importance_K=importance_K,
-                    factor=factor,
-                    column_block=settings.column_block,
-                    sweeps=settings.sweeps,
-                ).packed
+                scheme: quantizer.quantize(scheme).packed
                 for scheme in (options or {}).get(spec.name, ())
                 if scheme != plan.linears[spec.name].scheme
             }

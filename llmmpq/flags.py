@@ -100,6 +100,15 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             "shares its weights.",
         ),
     ),
+    "layer_only": (
+        ("allocation.layer_only",),
+        _option(
+            bool,
+            "--layer-only/--group-bits",
+            panel=BITS,
+            text="One width for each matrix, for runtimes that need it; or groups of two widths where that pays.",
+        ),
+    ),
     "fuse": (
         ("allocation.fuse",),
         _option(bool, "--fuse/--no-fuse", panel=BITS, text="Make q/k/v agree on a width, and gate/up."),
@@ -148,6 +157,10 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             text="How scales are stored: float8 halves what they cost.",
         ),
     ),
+    "sweeps": (
+        ("quantizer.sweeps",),
+        _option(int, "--sweeps", panel=QUANTIZER, text="How often codes and scales are improved after GPTQ (3)."),
+    ),
     "sequential": (
         ("quantizer.sequential",),
         _option(bool, "--sequential/--no-sequential", panel=QUANTIZER, text="Let later layers see quantized ones."),
@@ -178,7 +191,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
 # What a plan file has already decided.
 DECIDED_BY_A_PLAN = (
     *("avg_bits", "bits", "max_size", "fit_vram", "context", "sequences"),
-    *("method", "refine", "widths", "head_bits", "fuse", "pin", "group_size", "symmetric", "scale_dtype"),
+    *("method", "refine", "widths", "head_bits", "layer_only", "fuse", "pin", "group_size", "symmetric", "scale_dtype"),
 )
 
 

@@ -66,6 +66,8 @@ Device = Annotated[str, Rule("such as auto, cpu or cuda:1", re.compile(r"[a-z]+(
 AvgBits = Annotated[float, Rule("above 0 and at most 16", lambda number: 0 < number <= 16)]
 Width = Literal[2, 3, 4, 8]
 Widths = Annotated[tuple[Width, ...], Rule("(at least one, none twice)", lambda w: 0 < len(w) == len(set(w)))]
+ProfileBits = Annotated[float, Rule("above 2 and below 8", lambda number: 2 < number < 8)]
+Profiles = Annotated[tuple[ProfileBits, ...], Rule("(none twice)", lambda p: len(p) == len(set(p)))]
 Algorithm = Literal["gptq", "rtn"]
 
 
@@ -140,6 +142,8 @@ class Allocation(_Checked):
     refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 1  # measured again around the plan
     target_gap: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.001
     widths: Widths = (2, 3, 4, 8)
+    profiles: Profiles = (2.25, 2.5, 2.75, 3.5, 6.0)  # mean bits of matrices whose groups have two of the widths
+    layer_only: bool = False  # one width for each matrix, whatever the profiles
     head_bits: Literal["auto", 2, 3, 4, 8] | None = None  # of an untied output head; auto: chosen; null: 16 bits
     fuse: bool = False  # q/k/v and gate/up agree
     pins: Mapping[NonEmpty, Width] = field(default_factory=dict)  # pattern, see patterns.py -> width
@@ -151,7 +155,7 @@ class Quantizer(_Checked):
     algorithm: Algorithm = "gptq"
     group_size: GroupSize = 64
     symmetric: bool = False
-    scale_dtype: Literal["float16", "float8"] = "float16"
+    scale_dtype: Literal["float16", "float8"] = "float8"
     damping: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.01
     activation_order: bool = True
     sequential: bool = True

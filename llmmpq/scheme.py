@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,17 @@ class Scheme:
             )
         except KeyError as error:
             raise CheckpointError(f"scheme {dict(data)!r} lacks the key {error}") from None
+
+
+def runs_at(average: float, num_groups: int, widths: Sequence[int]) -> Runs:
+    """The two neighbouring widths whose groups come nearest to this mean; empty where one width alone does."""
+    narrower = [bits for bits in widths if bits < average]
+    wider = [bits for bits in widths if bits > average]
+    if average in widths or not narrower or not wider:
+        return ()
+    low, high = max(narrower), min(wider)
+    num_high = math.floor((average - low) / (high - low) * num_groups + 0.5)
+    return ((low, num_groups - num_high), (high, num_high)) if 0 < num_high < num_groups else ()
 
 
 def check_layout_version(layout_version: object) -> int:

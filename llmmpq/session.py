@@ -21,6 +21,7 @@ from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens, sp
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.recipe import Recipe
 from llmmpq.records import LinearSpec, Scheme
+from llmmpq.scheme import runs_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Session:
             if spec.name in pinned:
                 added.setdefault(unit(spec), set()).add(pinned[spec.name])
         options = {
-            spec.name: tuple(self.scheme(bits) for bits in sorted({*allocation.widths, *added.get(unit(spec), ())}))
+            spec.name: self._schemes(spec, {*allocation.widths, *added.get(unit(spec), ())})
             for spec in self.skeleton.linears
         }
         if head is not None and head.name in pinned:  # the largest of all: no width is tried that cannot be taken
@@ -61,6 +62,15 @@ class Session:
         if head is None or not isinstance(allocation.head_bits, int):
             return dict(allocation.pins)
         return {**allocation.pins, head.name: allocation.head_bits}
+
+    def _schemes(self, spec: LinearSpec, widths: set[int]) -> tuple[Scheme, ...]:
+        """One width for the whole matrix, or groups of two neighbouring widths, in rising order of their mean."""
+        allocation, num_groups = self.recipe.allocation, self.scheme(8).num_groups(spec.shape[1])
+        profiles = () if allocation.layer_only else allocation.profiles
+        runs = {runs_at(average, num_groups, sorted(allocation.widths)) for average in profiles} - {()}
+        mixed = [dataclasses.replace(self.scheme(8), bits=None, runs=one) for one in runs]
+        schemes = [*(self.scheme(bits) for bits in widths), *mixed]
+        return tuple(sorted(schemes, key=lambda scheme: scheme.code_bits(spec.shape)))
 
     def scheme(self, bits: int) -> Scheme:
         quantizer = self.recipe.quantizer

@@ -14,7 +14,7 @@ import torch
 from llmmpq.measure.moments import Moment
 from llmmpq.model.stream import Block
 from llmmpq.quantize.gptq import factorize
-from llmmpq.quantize.linear import quantize_linear
+from llmmpq.quantize.linear import LinearQuantizer, quantize_linear
 from llmmpq.records import LinearSpec, PackedTensor, Scheme
 
 
@@ -66,16 +66,15 @@ def candidates_of(
         )
         del moment, mean_KK
         for spec in group:
+            quantizer = LinearQuantizer(
+                block.original_weights[spec.name],
+                importance_K=importance_K,
+                factor=factor,
+                column_block=settings.column_block,
+                sweeps=settings.sweeps,
+            )
             for position, scheme in enumerate(options[spec.name]):
-                quantized = quantize_linear(
-                    block.original_weights[spec.name],
-                    scheme,
-                    importance_K=importance_K,
-                    factor=factor,
-                    column_block=settings.column_block,
-                    sweeps=settings.sweeps,
-                )
-                yield spec, position, quantized.packed
+                yield spec, position, quantizer.quantize(scheme).packed
     for spec in unreached:
         weight = block.original_weights[spec.name]
         ones_K = torch.ones(weight.shape[1], device=weight.device)

@@ -1,15 +1,15 @@
 """Make the codes and scales that GPTQ left better, one after the other, each as good as it can be alone.
 
-GPTQ decides every column once, knowing nothing of the errors still to come. Afterwards everything is known: with r = w - dq
-of one row and H the damped second moment of the input, the error r H r' is a quadratic function of each code and of each
-scale while all others stay. Group by group, with p = H r' kept up to date,
+GPTQ decides every column once, knowing nothing of the errors still to come. Afterwards everything is known: with
+r = w - dq of one row and H the damped second moment of the input, the error r H r' is a quadratic function of each
+code and of each scale while all others stay. Group by group, with p = H r' kept up to date,
 
     code k:    dq_k -> the value of the grid nearest to dq_k + p_k / H_kk
     scale g:   s_g  -> s_g + c'p / c'Hc,   c the group's centred codes (q - z), zero elsewhere
 
-Both are exact minimisers in one variable, so the error falls at every step; a scale that would fall on no better stored
-value stays. A sweep over all groups costs one product with H, about what GPTQ costs. QuIP (Chee et al., 2023) and CDQuant
-(Nair and Suggala, 2024) descend on the codes alone.
+Both are exact minimisers in one variable, so the error falls at every step; a scale that would fall on no better
+stored value stays. A sweep over all groups costs one product with H, about what GPTQ costs. QuIP (Chee et al., 2023)
+and CDQuant (Nair and Suggala, 2024) descend on the codes alone.
 
 Rejected: solving for all scales of a row at once, whose matrix costs more than a sweep. Moving zeros by whole steps:
 nothing moved.
@@ -56,7 +56,7 @@ class _Rows:
         self.scales_Gn = grid.scales_NG[rows].t().contiguous()
         self.zeros_Gn = grid.zeros_NG[rows].t().contiguous()
         self.centred_Kn = codes_nK.t().float()
-        rest_Kn = weight_nK.t().float()
+        rest_Kn = weight_nK.float().t().clone(memory_format=torch.contiguous_format)
         for group, columns in self._groups():
             self.centred_Kn[columns] -= self.zeros_Gn[group]
             rest_Kn[columns] -= self.centred_Kn[columns] * self.scales_Gn[group]
@@ -86,9 +86,7 @@ class _Rows:
             for group, start in enumerate(range(0, num_columns, size))
         ]
 
-    def _improve_codes(
-        self, group: int, moment_gg: torch.Tensor, products_gn: torch.Tensor, column_block: int
-    ) -> None:
+    def _improve_codes(self, group: int, moment_gg: torch.Tensor, products_gn: torch.Tensor, column_block: int) -> None:
         scale, lowest = self.scales_Gn[group], -self.zeros_Gn[group]
         highest = lowest + self.grid.largest_codes[group]
         first = group * self.grid.scheme.group_size

@@ -30,24 +30,20 @@ from llmmpq.quantize.rtn import round_to_nearest
 
 def group_losses(
     weight_NK: torch.Tensor,
-    grids: Sequence[Grid],
+    grid: Grid,
     *,
     factor: Factor | None,
     importance_K: torch.Tensor,
     column_block: int,
 ) -> np.ndarray:
-    """What each group loses on each grid, summed over its columns and all rows (losses_GB, float64)."""
-    num_groups, size = len(grids[0].widths_G), grids[0].scheme.group_size
-    losses_GB = np.zeros((num_groups, len(grids)))
-    for position, grid in enumerate(grids):
-        if factor is None:
-            losses_K = _rounding_losses(weight_NK, grid) * importance_K.float()
-        else:
-            losses_K = torch.empty(weight_NK.shape[1], dtype=torch.float32, device=weight_NK.device)
-            gptq(weight_NK, grid, factor, column_block=column_block, losses_K=losses_K)
-        starts = range(0, weight_NK.shape[1], size)
-        losses_GB[:, position] = np.add.reduceat(losses_K.double().cpu().numpy(), starts)
-    return losses_GB
+    """What each group loses on the grid, summed over its columns and all rows (losses_G, float64)."""
+    if factor is None:
+        losses_K = _rounding_losses(weight_NK, grid) * importance_K.float()
+    else:
+        losses_K = torch.empty(weight_NK.shape[1], dtype=torch.float32, device=weight_NK.device)
+        gptq(weight_NK, grid, factor, column_block=column_block, losses_K=losses_K)
+    starts = range(0, weight_NK.shape[1], grid.scheme.group_size)
+    return np.add.reduceat(losses_K.double().cpu().numpy(), starts)
 
 
 def _rounding_losses(weight_NK: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from llmmpq.quantize.descent import descend
@@ -26,6 +28,57 @@ class Quantized:
     algorithm: str
 
 
+class LinearQuantizer:
+    """One matrix and what is known of its input. What several schemes of it have in common is computed once."""
+
+    def __init__(
+        self,
+        weight_NK: torch.Tensor,
+        *,
+        importance_K: torch.Tensor,
+        factor: Factor | None,
+        column_block: int,
+        sweeps: int,
+    ) -> None:
+        self.weight_NK, self.factor = weight_NK, factor
+        finite = bool(torch.isfinite(importance_K).all())
+        self.importance_K = importance_K if finite else torch.ones_like(importance_K)
+        self.column_block, self.sweeps = column_block, sweeps
+        self._group_losses: dict[int, np.ndarray] = {}  # by width
+
+    def quantize(self, scheme: Scheme) -> Quantized:
+        """GPTQ and sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
+        grid, factor = self._grid(scheme), self.factor
+        if factor is None:
+            return Quantized(packed=_packed(round_to_nearest(self.weight_NK, grid), grid), algorithm="rtn")
+        codes_NK = gptq(self.weight_NK, grid, factor, column_block=self.column_block)
+        improved = descend(self.weight_NK, codes_NK, grid, factor, sweeps=self.sweeps, column_block=self.column_block)
+        return Quantized(packed=_packed(*improved), algorithm="gptq")
+
+    def _grid(self, scheme: Scheme) -> Grid:
+        """The grid of the scheme; where it has several widths, the groups that lose most get the wide ones."""
+        if not scheme.mixed:
+            return find_grid(self.weight_NK, scheme, self.importance_K)
+        runs = scheme.widths((self.weight_NK.shape[0], self.weight_NK.shape[1]))
+        stored = stored_scales_for(self.weight_NK, scheme, runs[0][0])
+        grids = [find_grid(self.weight_NK, scheme, self.importance_K, bits=bits, stored=stored) for bits, _ in runs]
+        losses_GB = np.stack([self._losses(scheme, bits) for bits, _ in runs], axis=1)
+        return combine_grids(grids, assign_widths(losses_GB, [count for _, count in runs]))
+
+    def _losses(self, scheme: Scheme, bits: int) -> np.ndarray:
+        """What each group loses at this width, with scales of the width's own: the same for all mixtures."""
+        if bits not in self._group_losses:
+            alone = dataclasses.replace(scheme, bits=bits, runs=())
+            self._group_losses[bits] = group_losses(
+                self.weight_NK,
+                find_grid(self.weight_NK, alone, self.importance_K),
+                factor=self.factor,
+                importance_K=self.importance_K,
+                column_block=self.column_block,
+            )
+        return self._group_losses[bits]
+
+
 def quantize_linear(
     weight_NK: torch.Tensor,
     scheme: Scheme,
@@ -35,33 +88,11 @@ def quantize_linear(
     column_block: int,
     sweeps: int = 0,
 ) -> Quantized:
-    """GPTQ and so many sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
-    if not bool(torch.isfinite(importance_K).all()):
-        importance_K = torch.ones_like(importance_K)
-    grid = _choose_grid(weight_NK, scheme, importance_K=importance_K, factor=factor, column_block=column_block)
-    if factor is None:
-        return Quantized(packed=_packed(round_to_nearest(weight_NK, grid), grid), algorithm="rtn")
-    codes_NK = gptq(weight_NK, grid, factor, column_block=column_block)
-    codes_NK, grid = descend(weight_NK, codes_NK, grid, factor, sweeps=sweeps, column_block=column_block)
-    return Quantized(packed=_packed(codes_NK, grid), algorithm="gptq")
-
-
-def _choose_grid(
-    weight_NK: torch.Tensor,
-    scheme: Scheme,
-    *,
-    importance_K: torch.Tensor,
-    factor: Factor | None,
-    column_block: int,
-) -> Grid:
-    """The grid of the scheme; where it has several widths, the groups that lose most get the wide ones."""
-    if not scheme.mixed:
-        return find_grid(weight_NK, scheme, importance_K)
-    runs = scheme.widths((weight_NK.shape[0], weight_NK.shape[1]))
-    stored = stored_scales_for(weight_NK, scheme, runs[0][0])
-    grids = [find_grid(weight_NK, scheme, importance_K, bits=bits, stored=stored) for bits, _ in runs]
-    losses_GB = group_losses(weight_NK, grids, factor=factor, importance_K=importance_K, column_block=column_block)
-    return combine_grids(grids, assign_widths(losses_GB, [count for _, count in runs]))
+    """One matrix in one scheme."""
+    quantizer = LinearQuantizer(
+        weight_NK, importance_K=importance_K, factor=factor, column_block=column_block, sweeps=sweeps
+    )
+    return quantizer.quantize(scheme)
 
 
 def _packed(codes_NK: torch.Tensor, grid: Grid) -> PackedTensor:
