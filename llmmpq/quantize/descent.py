@@ -38,7 +38,7 @@ def descend(
     step = max(1, CHUNK_ELEMENTS // weight_NK.shape[1])
     for start in range(0, len(weight_NK), step) if sweeps else ():
         rows = slice(start, start + step)
-        chunk = _Rows(weight_NK[rows], codes_NK[rows], grid, rows, factor.moment_KK)
+        chunk = _Rows(weight_NK[rows], codes_NK[rows], grid, rows, factor)
         for _ in range(sweeps):
             chunk.sweep(column_block)
         codes_NK[rows] = chunk.codes_nK()
@@ -50,9 +50,9 @@ class _Rows:
     """Some rows of a matrix: centred codes, scales, and p = H r'."""
 
     def __init__(
-        self, weight_nK: torch.Tensor, codes_nK: torch.Tensor, grid: Grid, rows: slice, moment_KK: torch.Tensor
+        self, weight_nK: torch.Tensor, codes_nK: torch.Tensor, grid: Grid, rows: slice, factor: Factor
     ) -> None:
-        self.grid, self.moment_KK = grid, moment_KK
+        self.grid, self.moment_KK, self.ridge_K = grid, factor.moment_KK, factor.ridge_K
         self.scales_Gn = grid.scales_NG[rows].t().contiguous()
         self.zeros_Gn = grid.zeros_NG[rows].t().contiguous()
         self.centred_Kn = codes_nK.t().float()
@@ -60,11 +60,11 @@ class _Rows:
         for group, columns in self._groups():
             self.centred_Kn[columns] -= self.zeros_Gn[group]
             rest_Kn[columns] -= self.centred_Kn[columns] * self.scales_Gn[group]
-        self.products_Kn = moment_KK @ rest_Kn
+        self.products_Kn = torch.addmm(rest_Kn * self.ridge_K[:, None], self.moment_KK, rest_Kn)
 
     def sweep(self, column_block: int) -> None:
         for group, columns in self._groups():
-            moment_gg = self.moment_KK[columns, columns].contiguous()
+            moment_gg = self.moment_KK[columns, columns] + torch.diag(self.ridge_K[columns])
             products_gn = self.products_Kn[columns].clone()
             before_gn = self.centred_Kn[columns] * self.scales_Gn[group]
             for _ in range(LOCAL_PASSES):
@@ -72,6 +72,7 @@ class _Rows:
                 self._improve_scale(group, moment_gg, products_gn)
             change_gn = before_gn.sub_(self.centred_Kn[columns] * self.scales_Gn[group])
             self.products_Kn.addmm_(self.moment_KK[:, columns], change_gn)
+            self.products_Kn[columns] += change_gn * self.ridge_K[columns, None]
 
     def codes_nK(self) -> torch.Tensor:
         codes_Kn = self.centred_Kn.clone()

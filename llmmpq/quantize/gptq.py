@@ -28,13 +28,14 @@ class Factor:
 
     upper_KK: torch.Tensor
     order_K: torch.Tensor
-    moment_KK: torch.Tensor  # the second moment itself, damped, in the order of the matrix
+    moment_KK: torch.Tensor  # the second moment itself, in the order of the matrix
+    ridge_K: torch.Tensor  # what was added to its diagonal
     damping: float  # share of the mean diagonal that was needed
     num_dead: int  # channels that were always zero
 
 
 def factorize(moment_KK: torch.Tensor, *, damping: float, activation_order: bool) -> Factor | None:
-    """None when no damping of the ladder makes the moment positive definite. The factor keeps it, damped in place."""
+    """None when no damping of the ladder makes the moment positive definite."""
     diagonal = moment_KK.diagonal()
     if not bool(torch.isfinite(diagonal).all()) or float(diagonal.max()) <= 0:
         return None
@@ -53,9 +54,13 @@ def factorize(moment_KK: torch.Tensor, *, damping: float, activation_order: bool
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             _invert_lower_(lower)
             upper = lower.flip(0, 1)
-            moment_KK.diagonal().add_(mean * damping * step + dead * mean)
             return Factor(
-                upper_KK=upper, order_K=order, moment_KK=moment_KK, damping=damping * step, num_dead=int(dead.sum())
+                upper_KK=upper,
+                order_K=order,
+                moment_KK=moment_KK,
+                ridge_K=mean * damping * step + dead * mean,
+                damping=damping * step,
+                num_dead=int(dead.sum()),
             )
     return None
 

@@ -44,7 +44,7 @@ class LinearQuantizer:
         finite = bool(torch.isfinite(importance_K).all())
         self.importance_K = importance_K if finite else torch.ones_like(importance_K)
         self.column_block, self.sweeps = column_block, sweeps
-        self._group_losses: dict[int, np.ndarray] = {}  # by width
+        self._group_losses: dict[Scheme, np.ndarray] = {}
 
     def quantize(self, scheme: Scheme) -> Quantized:
         """GPTQ and sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
@@ -67,16 +67,16 @@ class LinearQuantizer:
 
     def _losses(self, scheme: Scheme, bits: int) -> np.ndarray:
         """What each group loses at this width, with scales of the width's own: the same for all mixtures."""
-        if bits not in self._group_losses:
-            alone = dataclasses.replace(scheme, bits=bits, runs=())
-            self._group_losses[bits] = group_losses(
+        alone = dataclasses.replace(scheme, bits=bits, runs=())
+        if alone not in self._group_losses:
+            self._group_losses[alone] = group_losses(
                 self.weight_NK,
                 find_grid(self.weight_NK, alone, self.importance_K),
                 factor=self.factor,
                 importance_K=self.importance_K,
                 column_block=self.column_block,
             )
-        return self._group_losses[bits]
+        return self._group_losses[alone]
 
 
 def quantize_linear(

@@ -10,9 +10,9 @@ from llmmpq.recipe import Recipe
 
 SHARED = """--avg-bits --max-size --fit-vram --context --sequences
 --recipe --revision --calib --tokens --window --seed --method --refine
---widths --head-bits --fuse --no-fuse --pin --keep
---quantizer --group-size --symmetric --asymmetric --scale-dtype --sequential --no-sequential --correction --device
---dtype
+--widths --head-bits --layer-only --group-bits --fuse --no-fuse --pin --keep
+--quantizer --group-size --symmetric --asymmetric --scale-dtype --sweeps --sequential --no-sequential --correction
+--device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
     "quantize": f"{SHARED} --bits --overwrite --plan --push-to-hub --private",

@@ -14,8 +14,12 @@ from tests import tiny
 
 CPU = torch.device("cpu")
 OPTIONS = tuple(Scheme(bits=bits, group_size=32) for bits in (2, 3, 4, 8))
-RTN = MeasureSettings(use_gptq=False, damping=0.01, activation_order=True, column_block=64, num_probe_tokens=10_000)
-GPTQ = MeasureSettings(use_gptq=True, damping=0.01, activation_order=True, column_block=64, num_probe_tokens=10_000)
+RTN = MeasureSettings(
+    use_gptq=False, damping=0.01, activation_order=True, column_block=64, sweeps=0, num_probe_tokens=10_000
+)
+GPTQ = MeasureSettings(
+    use_gptq=True, damping=0.01, activation_order=True, column_block=64, sweeps=0, num_probe_tokens=10_000
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,12 @@ def test_the_block_is_left_as_it_was(blocks, settings):
 def test_probe_tokens_are_rounded_up_to_whole_batches(blocks, num_probe_tokens, num_batches):
     block = next(blocks)
     settings = MeasureSettings(
-        use_gptq=False, damping=0.01, activation_order=True, column_block=64, num_probe_tokens=num_probe_tokens
+        use_gptq=False,
+        damping=0.01,
+        activation_order=True,
+        column_block=64,
+        sweeps=0,
+        num_probe_tokens=num_probe_tokens,
     )
     spec = block.linears[0]
     losses, _, _ = measure(block, settings, {other.name: OPTIONS[:1] for other in block.linears})

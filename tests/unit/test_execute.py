@@ -25,6 +25,7 @@ def settings_of(**changes) -> ExecuteSettings:
         "damping": 0.01,
         "activation_order": True,
         "column_block": 64,
+        "sweeps": 0,
         "sequential": True,
         "correction": 0.5,
     }

@@ -17,7 +17,9 @@ from tests import tiny
 
 CPU = torch.device("cpu")
 CALIBRATION, PROBE = tiny.token_ids(4, 24), tiny.token_ids(7, 24)[4:]
-SETTINGS = MeasureSettings(use_gptq=True, damping=0.01, activation_order=True, column_block=64, num_probe_tokens=1)
+SETTINGS = MeasureSettings(
+    use_gptq=True, damping=0.01, activation_order=True, column_block=64, sweeps=0, num_probe_tokens=1
+)
 SCHEMES = (Scheme(bits=2, group_size=32), Scheme(bits=4, group_size=32))
 
 
