@@ -94,10 +94,8 @@ def inspect_folder(folder: Path, *, advance: Callable[[int], None] = lambda num:
                 fits = False
             else:
                 quantized_nbytes += entry.nbytes
-        if fits and (keys := checked_names(linear.scheme)):
-            stored = checkpoint.read(f"{name}.{key}" for key in keys)
-            found = content_problems({key: stored[f"{name}.{key}"] for key in keys}, linear.scheme, linear.shape)
-            problems += [f"{name}: {problem}" for problem in found]
+        if fits and checked_names(linear.scheme):
+            problems += _content_problems(checkpoint, name, linear)
     return {
         "folder": str(folder),
         "layout_version": plan.layout_version,
@@ -131,6 +129,16 @@ def inspect_folder(folder: Path, *, advance: Callable[[int], None] = lambda num:
         "kept": report["kept"],
         "provenance": dict(plan.provenance),
     }
+
+
+def _content_problems(checkpoint: Checkpoint, name: str, linear: PlannedLinear) -> list[str]:
+    keys = checked_names(linear.scheme)
+    try:
+        stored = checkpoint.read(f"{name}.{key}" for key in keys)
+    except CheckpointError as error:  # NaN or inf
+        return [str(error)]
+    found = content_problems({key: stored[f"{name}.{key}"] for key in keys}, linear.scheme, linear.shape)
+    return [f"{name}: {problem}" for problem in found]
 
 
 def _report_of_saved_again(*, verified: bool) -> dict[str, Any]:

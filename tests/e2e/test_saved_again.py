@@ -90,7 +90,7 @@ def _set(folder: Path, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("layout_version", 2, "'layout_version' is 2"),
+        ("layout_version", 3, "'layout_version' is 3"),
         ("linears", {}, "'linears'"),
         ("linears", {"model.layers.9.no": {"bits": 3, "group_size": 28, "symmetric": False}}, "which the model lacks"),
         ("quant_method", "gptq", "is not a model quantized by llmmpq"),
