@@ -63,7 +63,8 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             "--calib",
             panel=CALIBRATION,
             metavar="<source>",
-            text="auto, builtin, a file, a folder, or hf:DATASET/CONFIG:SPLIT:COLUMN.",
+            text="auto, builtin, self (text that the model writes), a file, a folder, or "
+            "hf:DATASET/CONFIG:SPLIT:COLUMN.",
         ),
     ),
     "tokens": (

@@ -12,7 +12,9 @@ from typing import Any
 from llmmpq import __version__
 from llmmpq.digest import cached_digests, digest_of
 from llmmpq.errors import CheckpointError
+from llmmpq.model.tokens import SELF_SOURCE, TokenWindows
 from llmmpq.progress import Progress
+from llmmpq.selfmade import write_windows
 from llmmpq.session import Session, Tokens
 from llmmpq.workdir import DEFAULT_WORK_FOLDER, WorkDir
 
@@ -54,7 +56,10 @@ def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Pr
     model_digests = ranks.from_first(lambda: _model_digests(session, root, progress))
     name = Path(session.recipe.model or "model").name
     with WorkDir(root / f"{name}-{digest_of(model_digests)[:12]}", ranks=ranks) as work:
-        tokens = ranks.from_first(lambda: _checked_tokens(session))
+        written = None
+        if session.recipe.calibration.source == SELF_SOURCE:
+            written = write_windows(session, work, model_digests, progress)
+        tokens = ranks.from_first(lambda: _checked_tokens(session, written))
         for note in tokens.notes:
             progress.note(note)
         recipe = session.recipe.override({"calibration.source": tokens.calibration.source}, source="resolved recipe")
@@ -80,7 +85,7 @@ def _model_digests(session: Session, root: Path, progress: Progress) -> dict[str
             raise CheckpointError(f"cannot write in the work folder {root}: {error.strerror}") from None
 
 
-def _checked_tokens(session: Session) -> Tokens:
+def _checked_tokens(session: Session, written: TokenWindows | None) -> Tokens:
     # Tensors outside the blocks are read last, by the writer: damaged ones must be found before the long run.
     session.checkpoint.check_finite(session.skeleton.stored_names[tensor.name] for tensor in session.skeleton.kept)
-    return session.tokens()
+    return session.tokens(written)

@@ -24,10 +24,11 @@ from llmmpq.allocate.budget import describe, parts_of
 from llmmpq.allocate.problem import Problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
-from llmmpq.errors import CheckpointError, InfeasibleBudgetError, RecipeError
+from llmmpq.errors import CalibrationError, CheckpointError, InfeasibleBudgetError, RecipeError
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
+from llmmpq.selfmade import check_self_calibration
 from llmmpq.session import Session
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
@@ -79,6 +80,10 @@ def preflight(
             check_every_pair(session)
         except RecipeError as error:
             problems.append(str(error))
+    try:
+        check_self_calibration(session)
+    except CalibrationError as error:
+        problems.append(str(error))
     problems += [disk.problem for disk in disks if disk.free < disk.needed]
     for what, wanted, there in (
         ("memory", ram_nbytes, ram_free),

@@ -46,7 +46,7 @@ class Reader:
         self.checkpoint = Checkpoint.open(self.folder)
         self._wanted = wanted_dtype(dtype, self.device)
         self._loaded: PreTrainedModel | None = None
-        needed, free = self._needed_nbytes(), free_nbytes(self.device)
+        needed, free = self.needed_nbytes(), free_nbytes(self.device)
         self.is_held = needed <= WEIGHTS_SHARE * free or is_quantized(self.folder)
         if self.is_held:
             self.config: PreTrainedConfig = read_config(self.folder)
@@ -118,7 +118,7 @@ class Reader:
             for index, state in enumerate(states):
                 yield index * batch, around.logits(state.to(self.device))
 
-    def _needed_nbytes(self) -> int:
+    def needed_nbytes(self) -> int:
         entries = self.checkpoint.entries.values()
         if isinstance(self._wanted, torch.dtype):
             return sum(math.prod(entry.shape) for entry in entries) * self._wanted.itemsize

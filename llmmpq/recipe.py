@@ -118,7 +118,7 @@ class Budget(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(_Checked):
-    source: NonEmpty = "auto"  # auto | builtin | a path | hf:DATASET[/CONFIG][:SPLIT][:COLUMN]
+    source: NonEmpty = "auto"  # auto | builtin | self | a path | hf:DATASET[/CONFIG][:SPLIT][:COLUMN]
     tokens: Positive = 16384
     window: Window = 2048
     seed: Seed = 0

@@ -102,11 +102,17 @@ class Session:
         longest = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
         return longest if isinstance(longest, int) and longest > 0 else None
 
-    def tokens(self) -> Tokens:
-        """What to calibrate on, and apart from it the probe that plans are measured on."""
+    def tokens(self, drawn: TokenWindows | None = None) -> Tokens:
+        """What to calibrate on, and apart from it the probe; from the recipe's source unless windows are given."""
+        calibration, probe = split_windows(drawn or self._drawn(), probe_share=self._probe_share())
+        advice = advise_num_tokens(calibration.num_tokens, self.skeleton.widest_in_features)
+        notes = calibration.notes if advice is None else (*calibration.notes, advice)
+        return Tokens(calibration=dataclasses.replace(calibration, notes=notes), probe=probe)
+
+    def _drawn(self) -> TokenWindows:
         recipe = self.recipe
         window, wanted = recipe.calibration.window, (recipe.calibration.tokens, recipe.measurement.tokens)
-        drawn = load_tokens(
+        return load_tokens(
             load_tokenizer(self.folder),
             source=recipe.calibration.source,
             # Whole windows of both, so that neither takes from the other.
@@ -116,10 +122,6 @@ class Session:
             max_window=self.max_window(),
             vocab_size=self.skeleton.model.config.get_text_config().vocab_size,
         )
-        calibration, probe = split_windows(drawn, probe_share=self._probe_share())
-        advice = advise_num_tokens(calibration.num_tokens, self.skeleton.widest_in_features)
-        notes = calibration.notes if advice is None else (*calibration.notes, advice)
-        return Tokens(calibration=dataclasses.replace(calibration, notes=notes), probe=probe)
 
     def _probe_share(self) -> float:
         probe, calibration = self.recipe.measurement.tokens, self.recipe.calibration.tokens

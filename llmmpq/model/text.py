@@ -88,7 +88,7 @@ def resolve_text(source: str) -> CalibrationText:
             raise CalibrationError(f"text folder {source} holds no file ending in {', '.join(FOLDER_SUFFIXES)}")
         return CalibrationText(source=source, parts=[_file_documents(item) for item in paths])
     raise CalibrationError(
-        f"calibration source {source!r} does not exist; allowed: auto, builtin, a file, a folder, "
+        f"calibration source {source!r} does not exist; allowed: auto, builtin, self, a file, a folder, "
         "or hf:DATASET[/CONFIG][:SPLIT][:COLUMN]"
     )
 

@@ -22,6 +22,7 @@ from llmmpq.model.text import resolve_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SELF_SOURCE = "self"  # text that the model writes: see model/sampling.py
 POOL_FACTOR = 4
 MIN_WINDOW = 32  # below this most positions lack the context that makes activations typical
 
