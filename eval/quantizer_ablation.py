@@ -1,0 +1,176 @@
+"""What each part of the quantizer is worth at equal true bits: extra NLL, KL, time and peak memory.
+
+    python eval/quantizer_ablation.py [--models demo,/tmp/second] [--seeds 0] [--budgets 2,2.25,2.5,3,3.5,4]
+                                      [--variants GLOB] [--text FILE] [--csv OUT]
+
+Every row adds one part to the row before it, from rounding to nearest to the whole; each is one process of the command
+line, which also measures and allocates. Budgets count every stored bit, so a variant whose scales cost more gets fewer
+code bits for them, and some budgets cannot be met at all: they are left out and named. A variant's first budget measures
+for all its budgets; its seconds say so. Judged on text that was neither calibrated on nor probed. Rows are appended to the
+CSV as they come, and runs found in it are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from ablation import _judge
+from quantizer_table import Judge
+
+from llmmpq import pipeline
+from llmmpq.recipe import load_recipe
+
+RTN = {
+    "quantizer.algorithm": "rtn",
+    "measurement.quantizer": "rtn",
+    "quantizer.scale_dtype": "float16",
+    "quantizer.sweeps": 0,
+    "quantizer.correction": 0.0,
+    "quantizer.sequential": False,
+    "allocation.layer_only": True,
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "rtn": RTN,
+    "gptq": {"quantizer.algorithm": "gptq", "measurement.quantizer": "gptq"},
+    "+ sequential, correction 0.5": {"quantizer.sequential": True, "quantizer.correction": 0.5},
+    "+ 8-bit scales": {"quantizer.scale_dtype": "float8"},
+    "+ descent": {"quantizer.sweeps": 3},
+    "+ group bits": {"allocation.layer_only": False},
+    "+ text of its own": {"calibration.source": "self"},
+    "+ tuning": {"quantizer.tune": 200},
+}
+FIELDS = ("model", "seed", "budget", "variant", "true_bits", "extra_nll", "kl", "seconds", "measured", "peak_mb")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="demo")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--budgets", default="2,2.25,2.5,3,3.5,4")
+    parser.add_argument("--variants", default="*", help="a pattern on their names")
+    parser.add_argument("--calibration-tokens", type=int, default=12288)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--text", help="a text file; without it the packaged held-out text")
+    parser.add_argument("--max-windows", type=int, default=48, help="of 512 tokens, to judge on")
+    parser.add_argument("--csv", type=Path, default=Path("quantizer-ablation.csv"))
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    for model in args.models.split(","):
+        judge = _judge(model, args.text, args.max_windows)
+        for seed in map(int, args.seeds.split(",")):
+            recipe = load_recipe("demo").override(
+                {
+                    "model": model,
+                    "calibration.seed": seed,
+                    "calibration.tokens": args.calibration_tokens,
+                    "quantizer.group_size": args.group_size,
+                }
+            )
+            for name, part in PARTS.items():
+                recipe = recipe.override(part)
+                if fnmatchcase(name, args.variants):
+                    with tempfile.TemporaryDirectory() as work:
+                        _budgets(args, (model, str(seed), name), recipe.to_dict(), judge, Path(work))
+    _summary(_rows(args.csv))
+
+
+def _budgets(
+    args: argparse.Namespace, key: tuple[str, str, str], recipe: dict[str, Any], judge: Judge, work: Path
+) -> None:
+    model, seed, name = key
+    known = {(row["model"], row["seed"], row["variant"], row["budget"]) for row in _rows(args.csv)}
+    measured = True
+    for budget in args.budgets.split(","):
+        if (*key, budget) in known:
+            continue
+        file, out = work / f"{budget}.yaml", work / budget
+        recipe["budget"]["avg_bits"] = float(budget)
+        file.write_text(yaml.safe_dump(recipe))
+        command = [
+            sys.executable,
+            "-m",
+            "llmmpq",
+            "quantize",
+            "--recipe",
+            file,
+            "--out",
+            out,
+            "--work-dir",
+            work / "work",
+        ]
+        started = time.perf_counter()
+        process = subprocess.Popen([*map(str, command), "--quiet"], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        if os.waitstatus_to_exitcode(status) != 0:
+            print(f"{model} seed {seed} {budget} {name}: {said.strip().splitlines()[-1]}", flush=True)
+            continue
+        folder, loaded = pipeline.load_model(str(out))
+        bits = pipeline.inspect_model(folder)["plan"]["bits_per_weight"]
+        extra, kl = judge(loaded)
+        peak = usage.ru_maxrss / 1000
+        row = (model, seed, budget, name, bits, extra, kl, round(seconds, 1), measured, round(peak))
+        _append(args.csv, dict(zip(FIELDS, row, strict=True)))
+        print(f"{model} seed {seed} {budget:>5s} {name:28s} {bits:.3f} bits  NLL {extra:+.4f} KL {kl:.4f}", flush=True)
+        measured = False
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _append(path: Path, row: dict[str, object]) -> None:
+    is_new = not path.is_file()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _summary(rows: list[dict[str, str]]) -> None:
+    """Means over seeds as a table in Markdown: extra NLL, KL."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        budgets = sorted({row["budget"] for row in mine}, key=float)
+        print(f"\n{model}: mean extra NLL, KL over seeds\n")
+        print("| quantizer | " + " | ".join(budgets) + " | seconds with measuring, without | peak MB |")
+        print("| --- " * (len(budgets) + 3) + "|")
+        for name in PARTS:
+            here = [row for row in mine if row["variant"] == name]
+            if not here:
+                continue
+            cells = []
+            for budget in budgets:
+                runs = [row for row in here if row["budget"] == budget]
+                figures = (sum(float(row[key]) for row in runs) / len(runs) for key in ("extra_nll", "kl") if runs)
+                cells.append(", ".join(f"{figure:.4f}" for figure in figures))
+            times = [
+                _mean([float(row["seconds"]) for row in here if row["measured"] == kind]) for kind in ("True", "False")
+            ]
+            cells += [", ".join(times), str(max(int(row["peak_mb"]) for row in here))]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.0f}" if values else ""
+
+
+if __name__ == "__main__":
+    main()
