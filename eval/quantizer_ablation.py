@@ -5,9 +5,9 @@
 
 Every row adds one part to the row before it, from rounding to nearest to the whole; each is one process of the command
 line, which also measures and allocates. Budgets count every stored bit, so a variant whose scales cost more gets fewer
-code bits for them, and some budgets cannot be met at all: they are left out and named. A variant's first budget measures
-for all its budgets; its seconds say so. Judged on text that was neither calibrated on nor probed. Rows are appended to the
-CSV as they come, and runs found in it are not made again.
+code bits for them, and some budgets cannot be met at all: they are left out and named. A variant's first budget
+measures for all its budgets. Judged on text that was neither calibrated on nor probed. Rows are appended to the CSV as
+they come, and runs found in it are not made again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ablation import _judge
 from quantizer_table import Judge
 
 from llmmpq import pipeline
+from llmmpq.output import read_plan
 from llmmpq.recipe import load_recipe
 
 RTN = {
@@ -119,7 +120,7 @@ def _budgets(
             print(f"{model} seed {seed} {budget} {name}: {said.strip().splitlines()[-1]}", flush=True)
             continue
         folder, loaded = pipeline.load_model(str(out))
-        bits = pipeline.inspect_model(folder)["plan"]["bits_per_weight"]
+        bits = read_plan(folder / "plan.json").bits_per_weight
         extra, kl = judge(loaded)
         peak = usage.ru_maxrss / 1000
         row = (model, seed, budget, name, bits, extra, kl, round(seconds, 1), measured, round(peak))

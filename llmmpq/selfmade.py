@@ -76,7 +76,7 @@ def _open(session: Session) -> Reader:
         free = free_nbytes(session.device)
         raise CalibrationError(
             f"calibration.source is self, and the model is too large to write text here: its weights need "
-            f"{decimal(reader.needed_nbytes())}, {decimal(free)} of memory are free, of which {WEIGHTS_SHARE:.0%} may be "
-            "used. Use --calib builtin, or a text of your own"
+            f"{decimal(reader.needed_nbytes())}, {decimal(free)} of memory are free, of which {WEIGHTS_SHARE:.0%} "
+            "may be used. Use --calib builtin, or a text of your own"
         )
     return reader
