@@ -306,7 +306,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "quantizer settings": {
             key: value
             for key, value in recipe["quantizer"].items()
-            if key not in ("sequential", "correction", "algorithm")
+            if key not in ("sequential", "correction", "algorithm", "tune")
         },
         "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
         "numerics": job.session.numerics(),
