@@ -181,14 +181,18 @@ class Latent:
 def _gradients(latents: Sequence[Latent], work: Work, batches: Sequence[int]) -> list[torch.Tensor]:
     """Of the summed loss, by each weight. A matrix that no batch reaches gets zeros."""
     weights = [latent.weight().requires_grad_() for latent in latents]
-    total = [torch.zeros_like(weight) for weight in weights]
+    total: list[torch.Tensor] | None = None
     for batch in batches:
         with torch.enable_grad():
-            found = torch.autograd.grad(work.loss_of(weights, batch), weights, allow_unused=True)
-        for sum_NK, gradient_NK in zip(total, found, strict=True):
-            if gradient_NK is not None:
+            loss = work.loss_of(weights, batch)
+        found = torch.autograd.grad(loss, weights, materialize_grads=True)
+        if total is None:
+            total = list(found)
+        else:
+            for sum_NK, gradient_NK in zip(total, found, strict=True):
                 sum_NK += gradient_NK
-    return total
+        del found
+    return [torch.zeros_like(weight) for weight in weights] if total is None else total
 
 
 def _sum_of_losses(latents: Sequence[Latent], work: Work, batches: Sequence[int]) -> float:
