@@ -86,12 +86,8 @@ def gptq(
     *,
     column_block: int,
     losses_K: torch.Tensor | None = None,
-    unrounded_NK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The codes (uint8) of the matrix.
-
-    Where given, `losses_K` receives the sum of e_i^2 over the rows, and `unrounded_NK` what each code was rounded from.
-    """
+    """The codes (uint8) of the matrix; `losses_K`, where given, receives the sum of e_i^2 over the rows."""
     upper, order, tops = factor.upper_KK, factor.order_K, grid.largest_codes
     num_rows, num_columns = weight_NK.shape
     rest_KN = weight_NK.float().t()[order]  # a copy, in visiting order
@@ -108,10 +104,7 @@ def gptq(
         for i in range(stop - start):
             group = group_of[start + i]
             scale, zero, row = scales_GN[group], zeros_GN[group], block_KN[i]
-            codes = torch.div(row, scale)
-            if unrounded_NK is not None:
-                unrounded_NK[:, column_of[start + i]] = codes + zero
-            codes = codes.round_().add_(zero).clamp_(0.0, tops[group])
+            codes = torch.div(row, scale).round_().add_(zero).clamp_(0.0, tops[group])
             codes_KN[column_of[start + i]] = codes
             error = torch.addcmul(row, codes.sub_(zero), scale, value=-1).div_(pivots[i])
             errors_KN[i] = error

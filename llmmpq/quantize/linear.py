@@ -14,7 +14,7 @@ from llmmpq.quantize.grid import Grid, combine_grids, find_grid
 from llmmpq.quantize.groups import assign_widths, group_losses
 from llmmpq.quantize.rtn import round_to_nearest
 from llmmpq.quantize.scales import stored_scales_for
-from llmmpq.quantize.tune import Rounded
+from llmmpq.quantize.tune import Rounded, begin_tuning
 from llmmpq.records import PackedTensor, Scheme
 from llmmpq_kernels.layout import pack
 from llmmpq_kernels.reference import dequantize
@@ -51,18 +51,17 @@ class LinearQuantizer:
     def quantize(self, scheme: Scheme, *, to_be_tuned: bool = False) -> Quantized:
         """GPTQ and sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
         weight_NK, grid, factor = self.weight_NK, self._grid(scheme), self.factor
-        unrounded_NK = torch.empty(weight_NK.shape, device=weight_NK.device) if to_be_tuned else None
         if factor is None:
-            codes_NK = round_to_nearest(weight_NK, grid, unrounded_NK=unrounded_NK)
+            codes_NK = round_to_nearest(weight_NK, grid)
         else:
-            codes_NK = gptq(weight_NK, grid, factor, column_block=self.column_block, unrounded_NK=unrounded_NK)
+            codes_NK = gptq(weight_NK, grid, factor, column_block=self.column_block)
             codes_NK, grid = descend(
                 weight_NK, codes_NK, grid, factor, sweeps=self.sweeps, column_block=self.column_block
             )
         return Quantized(
             packed=pack_codes(codes_NK, grid),
             algorithm="rtn" if factor is None else "gptq",
-            rounded=None if unrounded_NK is None else Rounded(codes_NK=codes_NK, unrounded_NK=unrounded_NK, grid=grid),
+            rounded=begin_tuning(weight_NK, codes_NK, grid, factor) if to_be_tuned else None,
         )
 
     def _grid(self, scheme: Scheme) -> Grid:

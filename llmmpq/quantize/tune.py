@@ -1,15 +1,16 @@
 """Tune all quantized linears of a block together, so that the block's output comes closer to what it should be.
 
-In: the matrices as GPTQ left them (codes, grid, and what each code was before it was rounded) and a loss that runs the
-block with given weights on one batch. Out: better codes and scales on the same widths, zeros and groups. With latent
-codes L and scale changes a the weight of a matrix is
+In: the quantized matrices (codes, grid, and what each code would be if it alone need not be whole) and a loss that
+runs the block with given weights on one batch. Out: better codes and scales on the same widths, zeros and groups. With
+latent codes L and scale changes a the weight of a matrix is
 
     (clamp(round(L), 0, 2^b - 1) - z) * stored(s (1 + a))
 
 Rounding to codes and to scales that can be stored is passed straight through by the gradient g of the weight:
-dL = g s, da = sum over the group of g (q - z) s. Adam, both rates falling linearly to zero. L begins at the value that
-GPTQ rounded, so that codes that were nearly undecided turn first. Related: BRECQ (Li et al., 2021), AutoRound (Cheng et
-al., 2023), EfficientQAT (Chen et al., 2024).
+dL = g s, da = sum over the group of g (q - z) s. Adam, both rates falling linearly to zero. L begins where the layer's
+own error would have each code if all others stayed, within the interval that rounds to the code: what is nearly
+undecided turns first. Related: BRECQ (Li et al., 2021), AutoRound (Cheng et al., 2023), EfficientQAT (Chen et al.,
+2024).
 
 Codes that overfit are the danger: some batches are held back, and where their loss does not fall, nothing is changed.
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llmmpq.quantize.gptq import Factor
 from llmmpq.quantize.grid import Grid
 
 # Legend: N rows (outputs), K columns (inputs), G groups.
@@ -46,11 +48,23 @@ Loss = Callable[[Sequence[torch.Tensor], int], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """A matrix on its grid. `unrounded_NK` is what each code was rounded from, not clamped."""
+    """A matrix on its grid. `unrounded_NK`: what each code would be if it alone could be any number."""
 
     codes_NK: torch.Tensor
     unrounded_NK: torch.Tensor
     grid: Grid
+
+
+def begin_tuning(weight_NK: torch.Tensor, codes_NK: torch.Tensor, grid: Grid, factor: Factor | None) -> Rounded:
+    """With r = w - dq and H the damped second moment: q_k + (H r')_k / (H_kk s). Without a factor H is the identity."""
+    size, num_columns = grid.scheme.group_size, codes_NK.shape[1]
+    scales_NK = grid.scales_NG.repeat_interleave(size, dim=1)[:, :num_columns]
+    zeros_NK = grid.zeros_NG.repeat_interleave(size, dim=1)[:, :num_columns]
+    rest_NK = weight_NK.float() - (codes_NK - zeros_NK) * scales_NK
+    if factor is not None:
+        curvature_K = factor.moment_KK.diagonal() + factor.ridge_K
+        rest_NK = torch.addmm(rest_NK * factor.ridge_K, rest_NK, factor.moment_KK).div_(curvature_K)
+    return Rounded(codes_NK=codes_NK, unrounded_NK=rest_NK.div_(scales_NK).add_(codes_NK), grid=grid)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from llmmpq.quantize.descent import descend
 from llmmpq.quantize.gptq import factorize, gptq
 from llmmpq.quantize.grid import combine_grids, find_grid
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, pack_codes
 from llmmpq.quantize.rtn import round_to_nearest
 from llmmpq.quantize.scales import stored_scales_for
-from llmmpq.quantize.tune import Latent, Rounded, TuneSettings, Work, tune_matrices
+from llmmpq.quantize.tune import Latent, Rounded, TuneSettings, Work, begin_tuning, tune_matrices
 from llmmpq.records import Scheme
 
 GROUP = 16
@@ -193,21 +194,38 @@ def test_latents_stay_where_one_step_back_changes_a_code():
 
 
 @pytest.mark.parametrize("with_factor", [True, False])
-def test_what_codes_were_rounded_from_rounds_to_them(with_factor):
+def test_latents_begin_where_the_layers_own_error_would_have_each_code(with_factor):
+    weight, inputs = draw(3, 20), draw(200, 20, seed=1)
+    moment_KK = inputs.t() @ inputs / 200
+    grid = find_grid(weight, SCHEMES["2 bits"], moment_KK.diagonal())
+    factor = factorize(moment_KK, damping=0.01, activation_order=True) if with_factor else None
+    codes_NK = round_to_nearest(weight, grid)
+    found = begin_tuning(weight, codes_NK, grid, factor)
+    damped_KK = torch.eye(20, dtype=torch.float64)
+    if factor is not None:
+        damped_KK = (moment_KK + torch.diag(factor.ridge_K)).double()
+    for row, column in ((0, 0), (1, 7), (2, 19)):
+        best = None
+        for candidate in torch.linspace(-6, 9, 3001, dtype=torch.float64):
+            values = codes_NK[row].double()
+            values[column] = candidate
+            groups = torch.arange(20) // GROUP
+            rest = weight[row].double() - (values - grid.zeros_NG[row][groups]) * grid.scales_NG[row][groups]
+            error = float(rest @ damped_KK @ rest)
+            if best is None or error < best[0]:
+                best = error, float(candidate)
+        assert float(found.unrounded_NK[row, column]) == pytest.approx(best[1], abs=5e-3)
+
+
+def test_after_descent_nearly_every_code_is_its_own_best():
     weight, inputs = draw(8, 40), draw(200, 40, seed=1)
     moment_KK = inputs.t() @ inputs / 200
-    scheme = SCHEMES["2 bits"]
     factor = factorize(moment_KK, damping=0.01, activation_order=True)
-    grid = find_grid(weight, scheme, moment_KK.diagonal())
-    unrounded_NK = torch.full((8, 40), torch.nan)
-    if with_factor:
-        plain = gptq(weight, grid, factor, column_block=16)
-        codes = gptq(weight, grid, factor, column_block=16, unrounded_NK=unrounded_NK)
-    else:
-        plain = round_to_nearest(weight, grid)
-        codes = round_to_nearest(weight, grid, unrounded_NK=unrounded_NK)
-    assert torch.equal(codes, plain)
-    assert torch.equal(unrounded_NK.round().clamp(0, 3).to(torch.uint8), codes)
+    grid = find_grid(weight, SCHEMES["2 bits"], moment_KK.diagonal())
+    codes_NK = gptq(weight, grid, factor, column_block=16)
+    codes_NK, grid = descend(weight, codes_NK, grid, factor, sweeps=20, column_block=16)
+    found = begin_tuning(weight, codes_NK, grid, factor)
+    assert torch.equal(found.unrounded_NK.round().clamp(0, 3).to(torch.uint8), codes_NK)
 
 
 def test_groups_of_several_widths_share_one_matrix():
@@ -215,8 +233,7 @@ def test_groups_of_several_widths_share_one_matrix():
     stored = stored_scales_for(weight, scheme, 2)
     grids = [find_grid(weight, scheme, torch.ones(40), bits=bits, stored=stored) for bits in (2, 4)]
     grid = combine_grids(grids, [0, 1, 0])
-    unrounded_NK = torch.empty(6, 40)
-    codes_NK = round_to_nearest(weight, grid, unrounded_NK=unrounded_NK)
-    latent = Latent(Rounded(codes_NK=codes_NK, unrounded_NK=unrounded_NK, grid=grid))
+    codes_NK = round_to_nearest(weight, grid)
+    latent = Latent(begin_tuning(weight, codes_NK, grid, None))
     assert latent.tops_K.tolist() == [3.0] * 16 + [15.0] * 16 + [3.0] * 8
     assert torch.equal(latent.codes(), codes_NK.float())
