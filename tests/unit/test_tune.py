@@ -9,7 +9,16 @@ from llmmpq.quantize.grid import combine_grids, find_grid
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, pack_codes
 from llmmpq.quantize.rtn import round_to_nearest
 from llmmpq.quantize.scales import stored_scales_for
-from llmmpq.quantize.tune import Latent, Rounded, TuneSettings, Work, begin_tuning, tune_matrices
+from llmmpq.quantize.tune import (
+    CODE_REACH,
+    SCALE_REACH,
+    Latent,
+    Rounded,
+    TuneSettings,
+    Work,
+    begin_tuning,
+    tune_matrices,
+)
 from llmmpq.records import Scheme
 
 GROUP = 16
@@ -181,6 +190,19 @@ def test_the_gradient_passes_straight_through_both_roundings(scheme):
     of_latents, of_changes = latent.gradients(2 * (latent.weight() - wanted))
     torch.testing.assert_close(of_latents, latents.grad)
     torch.testing.assert_close(of_changes, changes.grad)
+
+
+def test_wider_codes_and_their_scales_move_less():
+    latent = Latent(rounded(draw(10, 40), SCHEMES["2 and 4 bits"]))
+    latent.latents.value.zero_().add_(1.0)
+    latent.follow(torch.ones(10, 40), step=0, share=0.1)
+    moved_K = (latent.latents.value - 1.0).abs().amax(0)
+    wide_K = latent.tops_K == 15
+    assert torch.allclose(moved_K[~wide_K], torch.tensor(0.1 * CODE_REACH))
+    assert torch.allclose(moved_K[wide_K], torch.tensor(0.1 * CODE_REACH / 4))
+    wide_G = latent.grid.widths_G == 4
+    assert torch.allclose(latent.changes.value[:, wide_G].abs().max(), torch.tensor(0.1 * SCALE_REACH / 4))
+    assert torch.allclose(latent.changes.value[:, ~wide_G].abs().max(), torch.tensor(0.1 * SCALE_REACH))
 
 
 def test_latents_stay_where_one_step_back_changes_a_code():
