@@ -36,6 +36,7 @@ UNIFORM: dict[str, dict[str, Any]] = {
     "gptq, sequential, correction 1": {"quantizer.correction": 1.0},
     "  the default, columns in stored order": {"quantizer.activation_order": False},
     "  the default, symmetric": {"quantizer.symmetric": True},
+    "  the default, tuned for 100 steps": {"quantizer.tune": 100},
     "  the default, groups of 128": {"quantizer.group_size": 128},
 }
 AVERAGES = (2.5, 2.75, 3.0, 3.296875, 3.5, 4.0)

@@ -18,8 +18,10 @@ from llmmpq.measure.moments import Moment
 from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
-from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
+from llmmpq.quantize.linear import LinearQuantizer, dequantized, pack_codes, quantize_linear
+from llmmpq.quantize.tune import Rounded
 from llmmpq.records import LinearSpec, PackedTensor, Plan, Scheme
+from llmmpq.tuning import tune_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,15 @@ class ExecuteSettings:
     sweeps: int
     sequential: bool
     correction: float
+    tune: int = 0  # steps
+
+    @property
+    def corrects(self) -> bool:
+        return self.sequential and self.use_gptq and self.correction > 0
 
     @property
     def follow_original(self) -> bool:
-        return self.sequential and self.use_gptq and self.correction > 0
+        return self.corrects or (self.sequential and self.tune > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +71,12 @@ def quantize_block(
     notes: dict[str, dict[str, object]] = {}
     others: dict[str, dict[Scheme, PackedTensor]] = {}
     originals = block.original_weights
+    # An output head has nothing behind it to be tuned for: its own loss is what GPTQ minimises.
+    to_be_tuned = settings.tune > 0 and not block.is_head
+    rounded: dict[str, Rounded] = {}
     groups = block.input_groups()
     for group in groups:
-        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.follow_original, ranks=block.ranks)
+        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.corrects, ranks=block.ranks)
         for inputs, original_inputs in block.inputs_of(group[0]):
             moment.add(inputs, original_inputs)
         mean_KK, cross_KK = moment.means(group[0].name)
@@ -91,7 +101,9 @@ def quantize_block(
                 column_block=settings.column_block,
                 sweeps=settings.sweeps,
             )
-            quantized = quantizer.quantize(plan.linears[spec.name].scheme)
+            quantized = quantizer.quantize(plan.linears[spec.name].scheme, to_be_tuned=to_be_tuned)
+            if quantized.rounded is not None:
+                rounded[spec.name] = quantized.rounded
             block.ranks.take_first_(quantized.packed.tensors())  # equal already, unless their machines differ
             packed[spec.name] = quantized.packed
             others[spec.name] = {
@@ -116,8 +128,38 @@ def quantize_block(
             if settings.sequential:
                 block.linear(spec).weight.data = dequantized(quantized.packed, weight.dtype)
             on_linear(spec)
+    if rounded:
+        _tune(block, rounded, settings, packed=packed, notes=notes)
     order = [spec.name for spec in block.linears]
     return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order}, others=others)
+
+
+def _tune(
+    block: Block,
+    rounded: dict[str, Rounded],
+    settings: ExecuteSettings,
+    *,
+    packed: dict[str, PackedTensor],
+    notes: dict[str, dict[str, object]],
+) -> None:
+    """Tune the linears that GPTQ or rounding has left in `rounded`; `packed`, `notes` and the block take the result."""
+    tuned = tune_block(block, rounded, steps=settings.tune)
+    if tuned is None:
+        for name in rounded:
+            notes[name]["untuned"] = "no calibration text was free of NaN and inf"
+        return
+    specs = {spec.name: spec for spec in block.linears}
+    for name, matrix, changed in zip(rounded, tuned.matrices, tuned.changed_codes, strict=True):
+        notes[name]["tuned"] = {
+            "kept": tuned.kept,
+            "changed_codes": changed,
+            "held_back_loss": [tuned.loss_before, tuned.loss_after],
+        }
+        packed[name] = pack_codes(matrix.codes_NK, matrix.grid)
+        block.ranks.take_first_(packed[name].tensors())
+        if settings.sequential:
+            linear = block.linear(specs[name])
+            linear.weight.data = dequantized(packed[name], linear.weight.dtype)
 
 
 def _targets(
@@ -160,4 +202,5 @@ def fallbacks(notes: Sequence[tuple[str, dict[str, object]]]) -> list[str]:
         for name, note in notes
         if "excluded_tokens" in note
     ]
+    sentences += [f"{name}: not tuned: {note['untuned']}" for name, note in notes if "untuned" in note]
     return sentences

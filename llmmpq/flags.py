@@ -170,6 +170,10 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
         ("quantizer.correction",),
         _option(float, "--correction", panel=QUANTIZER, text="How much of the incoming error to repair, 0 to 1."),
     ),
+    "tune": (
+        ("quantizer.tune",),
+        _option(int, "--tune", panel=QUANTIZER, metavar="<steps>", text="Steps of tuning each quantized block (0)."),
+    ),
     "device": (
         ("run.device",),
         _option(str, "--device", panel=MACHINE, metavar="<auto|cpu|cuda:N>", text="Where to compute."),

@@ -5,6 +5,7 @@ The result lies in the work folder under the digest of everything it depends on,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -124,16 +125,18 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     inputs = _inputs(job) | {
         "probe tokens": job.tokens.probe.digest,
         "around": {name: linear.scheme.to_json() for name, linear in plan.linears.items()},
-        "quantizer settings": job.session.recipe.to_dict()["quantizer"],
+        "quantizer settings": {k: v for k, v in job.session.recipe.to_dict()["quantizer"].items() if k != "tune"},
     }
     stage = job.work.stage("measure-around", inputs)
     known = _known(stage)
     if known is not None:
         return known
-    settings = execute_settings(job.session)
+    # Options are measured untuned, so the plan that they are compared with is too.
+    settings = dataclasses.replace(execute_settings(job.session), tune=0)
     dtype = measuring_dtype(job)
-    # In another arithmetic the blocks come out a little different, and are not those of the final model.
-    finished = quantize_stage(job, plan) if dtype == job.session.dtype else stage
+    # In another arithmetic, or untuned, the blocks are not those of the final model.
+    is_final = dtype == job.session.dtype and not job.session.recipe.quantizer.tune
+    finished = quantize_stage(job, plan) if is_final else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
@@ -306,7 +309,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "quantizer settings": {
             key: value
             for key, value in recipe["quantizer"].items()
-            if key not in ("sequential", "correction", "algorithm")
+            if key not in ("sequential", "correction", "algorithm", "tune")
         },
         "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
         "numerics": job.session.numerics(),

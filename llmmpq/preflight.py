@@ -30,11 +30,15 @@ from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.selfmade import check_self_calibration
 from llmmpq.session import Session
+from llmmpq.tuning import TOKENS_PER_STEP
 from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
 BASE_RAM_NBYTES = 450 << 20  # python, torch and transformers, imported
 PROBE_SIZE = {"cpu": 768, "cuda": 4096}  # 4096: keeps a large GPU busy, and takes 0.2 GB of its memory
 COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
+# Of each weight of the block, measured: codes, what they were rounded from, latent, the two means of Adam, weight,
+# gradients, and what Adam makes of one matrix on the way.
+TUNING_NBYTES_PER_WEIGHT = 35
 
 
 def preflight(
@@ -200,13 +204,17 @@ def _work_nbytes(session: Session) -> int:
     largest = max(spec.num_weights for spec in session.skeleton.linears)
     itemsize = session.dtype.itemsize
     # GPTQ holds the corrected weight, its transposed copy, the codes and the result of one matrix.
-    return (1 + recipe.quantizer.sequential) * weights * itemsize + COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
+    rounding = COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
+    if recipe.quantizer.tune:
+        rounding = max(rounding, TUNING_NBYTES_PER_WEIGHT * weights)
+    return (1 + recipe.quantizer.sequential) * weights * itemsize + rounding
 
 
 def _states_nbytes(session: Session) -> int:
     hidden = session.skeleton.model.config.get_text_config().hidden_size
-    follow = session.recipe.quantizer.sequential and session.recipe.quantizer.correction > 0
-    return (1 + follow) * session.recipe.calibration.tokens * hidden * session.dtype.itemsize
+    quantizer = session.recipe.quantizer
+    copies = 1 + (quantizer.sequential and (quantizer.correction > 0 or quantizer.tune > 0)) + (quantizer.tune > 0)
+    return copies * session.recipe.calibration.tokens * hidden * session.dtype.itemsize
 
 
 def _largest_tensor(session: Session) -> int:
@@ -226,6 +234,8 @@ def _estimate_seconds(session: Session) -> float | None:
         weights = sum(spec.num_weights for spec in specs)
         passes = 6 if recipe.quantizer.correction > 0 else 4
         total += passes * tokens * weights
+        # Forward, and backward to inputs and to weights.
+        total += 3 * recipe.quantizer.tune * max(TOKENS_PER_STEP, recipe.calibration.window) * weights
         moments = sum(spec.shape[1] ** 2 for spec in specs)
         factors = sum(spec.shape[1] ** 3 for spec in specs) / 3
         rounding = sum(spec.num_weights * spec.shape[1] for spec in specs)

@@ -147,6 +147,7 @@ def execute_settings(session: Session) -> ExecuteSettings:
         sweeps=quantizer.sweeps,
         sequential=quantizer.sequential,
         correction=quantizer.correction,
+        tune=quantizer.tune,
     )
 
 

@@ -56,6 +56,7 @@ def _is_size(text: str) -> bool:
 
 NonEmpty = Annotated[str, Rule("that is not empty", lambda text: bool(text.strip()))]
 Positive = Annotated[int, Rule("of at least 1", lambda number: number >= 1)]
+NotNegative = Annotated[int, Rule("of at least 0", lambda number: number >= 0)]
 GroupSize = Annotated[int, Rule(f"from 1 to {LARGEST_GROUP}", lambda number: 1 <= number <= LARGEST_GROUP)]
 Threads = Annotated[int, Rule("from 1 to 1024", lambda number: 1 <= number <= 1024)]
 Window = Annotated[int, Rule("of at least 2", lambda number: number >= 2)]  # one token to read, one to predict
@@ -162,6 +163,7 @@ class Quantizer(_Checked):
     correction: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.5  # of the error coming in
     column_block: Positive = 128
     sweeps: Annotated[int, Rule("from 0 to 100", lambda number: 0 <= number <= 100)] = 3  # of descent after GPTQ
+    tune: NotNegative = 0  # steps in which all linears of a block are tuned together, after they were quantized
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -135,6 +136,19 @@ class Block:
         finally:
             for spec in self.linears:
                 self.linear(spec).weight.data = current[spec.name]
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Other weights in some linears, by name; a gradient passes through them, as through no parameter's data."""
+        held = [self.linear(spec)._parameters for spec in self.linears if spec.name in weights]
+        current = [parameters["weight"] for parameters in held]
+        try:
+            for parameters, spec in zip(held, (s for s in self.linears if s.name in weights), strict=True):
+                parameters["weight"] = cast(nn.Parameter, weights[spec.name])  # any tensor does
+            yield
+        finally:
+            for parameters, weight in zip(held, current, strict=True):
+                parameters["weight"] = weight
 
     def input_groups(self) -> list[list[LinearSpec]]:
         """The linears by shared input, in the order in which the block runs them.

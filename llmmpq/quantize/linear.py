@@ -14,6 +14,7 @@ from llmmpq.quantize.grid import Grid, combine_grids, find_grid
 from llmmpq.quantize.groups import assign_widths, group_losses
 from llmmpq.quantize.rtn import round_to_nearest
 from llmmpq.quantize.scales import stored_scales_for
+from llmmpq.quantize.tune import Rounded, begin_tuning
 from llmmpq.records import PackedTensor, Scheme
 from llmmpq_kernels.layout import pack
 from llmmpq_kernels.reference import dequantize
@@ -22,10 +23,11 @@ from llmmpq_kernels.runs import pack_runs, pack_zeros
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """The packed matrix and the algorithm that really ran."""
+    """The packed matrix and the algorithm that really ran; `rounded` is what tuning begins with, where asked for."""
 
     packed: PackedTensor
     algorithm: str
+    rounded: Rounded | None = None
 
 
 class LinearQuantizer:
@@ -46,14 +48,21 @@ class LinearQuantizer:
         self.column_block, self.sweeps = column_block, sweeps
         self._group_losses: dict[Scheme, np.ndarray] = {}
 
-    def quantize(self, scheme: Scheme) -> Quantized:
+    def quantize(self, scheme: Scheme, *, to_be_tuned: bool = False) -> Quantized:
         """GPTQ and sweeps of descent when a factor is given, otherwise round to nearest on the same kind of grid."""
-        grid, factor = self._grid(scheme), self.factor
+        weight_NK, grid, factor = self.weight_NK, self._grid(scheme), self.factor
         if factor is None:
-            return Quantized(packed=_packed(round_to_nearest(self.weight_NK, grid), grid), algorithm="rtn")
-        codes_NK = gptq(self.weight_NK, grid, factor, column_block=self.column_block)
-        improved = descend(self.weight_NK, codes_NK, grid, factor, sweeps=self.sweeps, column_block=self.column_block)
-        return Quantized(packed=_packed(*improved), algorithm="gptq")
+            codes_NK = round_to_nearest(weight_NK, grid)
+        else:
+            codes_NK = gptq(weight_NK, grid, factor, column_block=self.column_block)
+            codes_NK, grid = descend(
+                weight_NK, codes_NK, grid, factor, sweeps=self.sweeps, column_block=self.column_block
+            )
+        return Quantized(
+            packed=pack_codes(codes_NK, grid),
+            algorithm="rtn" if factor is None else "gptq",
+            rounded=begin_tuning(weight_NK, codes_NK, grid, factor) if to_be_tuned else None,
+        )
 
     def _grid(self, scheme: Scheme) -> Grid:
         """The grid of the scheme; where it has several widths, the groups that lose most get the wide ones."""
@@ -95,7 +104,8 @@ def quantize_linear(
     return quantizer.quantize(scheme)
 
 
-def _packed(codes_NK: torch.Tensor, grid: Grid) -> PackedTensor:
+def pack_codes(codes_NK: torch.Tensor, grid: Grid) -> PackedTensor:
+    """What is stored of a matrix."""
     scheme, shape = grid.scheme, (codes_NK.shape[0], codes_NK.shape[1])
     zeros_GN = grid.zeros_NG.t().to(torch.uint8).contiguous()
     scales, base = grid.stored.encode(grid.scales_NG), grid.stored.base

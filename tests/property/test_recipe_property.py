@@ -62,6 +62,7 @@ RECIPES = st.builds(
         sequential=st.booleans(),
         correction=st.floats(min_value=0, max_value=1),
         column_block=COUNTS,
+        tune=st.integers(0, 10**6),
     ),
     output=st.builds(
         Output,

@@ -10,13 +10,17 @@ from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import BlockStream
 from llmmpq.quantize.gptq import factorize
-from llmmpq.quantize.linear import dequantized, quantize_linear
+from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
 from llmmpq.records import PackedTensor, Plan, PlannedLinear, Scheme
+from llmmpq.tuning import tune_block
 from llmmpq.workdir import WorkDir
 from tests import tiny
 
 CPU = torch.device("cpu")
 WINDOWS = tiny.token_ids(5, 32)
+# For tuning: one batch, of which none is held back. On random text nothing is learned for text held back, and tuning
+# that does not help there is not kept.
+ONE_BATCH = WINDOWS[:2]
 
 
 def settings_of(**changes) -> ExecuteSettings:
@@ -37,6 +41,9 @@ VARIANTS = {
     "sequential": settings_of(correction=0.0),
     "not sequential": settings_of(sequential=False),
     "rtn": settings_of(use_gptq=False),
+    "tuned": settings_of(tune=20),
+    "tuned, not sequential": settings_of(sequential=False, tune=5),
+    "tuned rtn": settings_of(use_gptq=False, tune=5),
     "stored order": settings_of(activation_order=False, correction=1.0),
 }
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
@@ -74,7 +81,8 @@ def plan_of(skeleton) -> Plan:
 
 
 def stream_of(opened, settings, *, dtype=torch.float32) -> BlockStream:
-    return BlockStream(*opened, WINDOWS, device=CPU, dtype=dtype, batch=2, follow_original=settings.follow_original)
+    windows = ONE_BATCH if settings.tune else WINDOWS
+    return BlockStream(*opened, windows, device=CPU, dtype=dtype, batch=2, follow_original=settings.follow_original)
 
 
 def run(opened, settings, *, dtype=torch.float32, known=None):
@@ -90,6 +98,20 @@ def run(opened, settings, *, dtype=torch.float32, known=None):
             results.append(quantize_block(block, plan, settings, on_linear=lambda _spec: None))
         last = torch.cat(list(block.run()))
     return [*states, last], results
+
+
+def roundings(block):
+    quantized = {
+        spec.name: LinearQuantizer(
+            block.original_weights[spec.name],
+            importance_K=torch.ones(spec.shape[1]),
+            factor=None,
+            column_block=1,
+            sweeps=0,
+        ).quantize(Scheme(bits=2, group_size=32), to_be_tuned=True)
+        for spec in block.linears
+    }
+    return {name: found.rounded for name, found in quantized.items()}
 
 
 def assert_same_result(one, two) -> None:
@@ -118,6 +140,7 @@ RESUMED = [
     ("corrected", {0, 1, 2}, torch.float32),
     ("corrected", {1}, torch.float32),
     ("corrected", {0, 1}, torch.bfloat16),
+    ("tuned", {0, 1}, torch.bfloat16),
     *((name, {0, 1}, torch.float32) for name in VARIANTS),
 ]
 
@@ -279,6 +302,82 @@ def test_the_same_run_twice_is_the_same(opened):
     assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
     for a, b in zip(one[1], two[1], strict=True):
         assert_same_result(a, b)
+
+
+def test_tuning_brings_a_block_closer_to_the_original_and_says_what_it_did(opened):
+    """On the states that enter the block, against what the original block makes of the original states."""
+    settings, plan = settings_of(use_gptq=False, tune=60), plan_of(opened()[0])
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    with block.with_original_weights():
+        targets = list(block.run(block.original_states))
+
+    def error() -> float:
+        return sum(float((a - b).square().sum()) for a, b in zip(block.run(), targets, strict=True))
+
+    plain = quantize_block(block, plan, settings_of(use_gptq=False), on_linear=lambda _spec: None)
+    before = error()
+    for spec in block.linears:
+        block.linear(spec).weight.data = block.original_weights[spec.name]
+    result = quantize_block(block, plan, settings, on_linear=lambda _spec: None)
+    assert error() < 0.7 * before
+    for spec in block.linears:
+        note = result.notes[spec.name]["tuned"]
+        assert note["kept"]
+        assert note["changed_codes"] > 0
+        assert not torch.equal(result.packed[spec.name].words, plain.packed[spec.name].words)
+        found = dequantized(result.packed[spec.name], torch.float32)
+        assert torch.equal(block.linear(spec).weight.data, found)
+    assert fallbacks(list(result.notes.items())) == []
+    blocks.close()
+
+
+def test_tuning_that_does_not_help_is_not_kept_and_is_noted(opened):
+    blocks = iter(BlockStream(*opened(), WINDOWS, device=CPU, dtype=torch.float32, batch=1, follow_original=True))
+    block = next(blocks)
+    plan = plan_of(opened()[0])
+    result = quantize_block(block, plan, settings_of(tune=5), on_linear=lambda _spec: None)
+    note = result.notes[block.linears[0].name]["tuned"]
+    assert not note["kept"]
+    assert note["held_back_loss"][1] > note["held_back_loss"][0]
+    for spec in block.linears:
+        block.linear(spec).weight.data = block.original_weights[spec.name]
+    plain = quantize_block(block, plan, settings_of(), on_linear=lambda _spec: None)
+    for name, packed in plain.packed.items():
+        for key, tensor in packed.tensors().items():
+            assert torch.equal(result.packed[name].tensors()[key], tensor)
+    blocks.close()
+
+
+def test_batches_with_bad_tokens_are_not_tuned_on(opened):
+    found = []
+    for bad in (None, float("nan"), float("inf")):
+        blocks = iter(BlockStream(*opened(), WINDOWS, device=CPU, dtype=torch.float32, batch=2, follow_original=True))
+        block = next(blocks)
+        if bad is None:
+            del block.states[1], block.original_states[1]
+        else:
+            block.states[1][1, 30] = bad
+        found.append(tune_block(block, roundings(block), steps=3))
+        blocks.close()
+    for other in found[1:]:
+        assert other.loss_before == found[0].loss_before
+        for one, two in zip(found[0].matrices, other.matrices, strict=True):
+            assert torch.equal(one.codes_NK, two.codes_NK)
+
+
+def test_without_a_good_batch_nothing_is_tuned_and_it_is_said(opened, monkeypatch):
+    blocks = iter(stream_of(opened(), settings_of(tune=3)))
+    block = next(blocks)
+    for state in block.states:
+        state[0, 0] = torch.inf
+    assert tune_block(block, roundings(block), steps=3) is None
+    blocks.close()
+    monkeypatch.setattr("llmmpq.execute.tune_block", lambda *_args, **_options: None)
+    _, results = run(opened(), settings_of(tune=3))
+    notes = results[0].notes
+    assert all(note["untuned"] for note in notes.values())
+    assert len(fallbacks(list(notes.items()))) == 7
 
 
 # Fallbacks

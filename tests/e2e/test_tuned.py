@@ -1,0 +1,92 @@
+"""Tuned runs: repeatable, resumable, measured untuned; another number of steps is another model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmmpq.pipeline import quantize_model
+from llmmpq.recipe import Recipe
+from llmmpq.workdir import Stage
+from tests import tiny
+from tests.e2e.running import Interrupted, digests, run_here, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+def recipe_of(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
+    """One window: nothing is held back, and whatever is tuned is kept."""
+    settings = {"calibration__tokens": 64, "quantizer__tune": 3, "budget__bits": 3} | changes
+    return tiny_recipe(model, calibration_file, **settings)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    quantize_model(recipe_of(model, calibration_file), out=out)
+    return out
+
+
+def test_the_report_says_what_tuning_did(reference: Path) -> None:
+    layers = json.loads((reference / "report.json").read_text())["linears"]
+    notes = [entry["tuned"] for entry in layers.values()]
+    assert all(note["kept"] for note in notes)
+    assert any(note["changed_codes"] > 0 for note in notes)
+
+
+@pytest.mark.parametrize("after", ["block-0000", "block-0002"])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    after: str, model: Path, calibration_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write: Callable[..., Any] = Stage.write
+
+    def interrupting(self: Stage, name: str, *args: Any, **options: Any) -> Any:
+        result = write(self, name, *args, **options)
+        if name == after:
+            raise Interrupted
+        return result
+
+    recipe = recipe_of(model, calibration_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "write", interrupting)
+        with pytest.raises(Interrupted):
+            quantize_model(recipe, out=tmp_path / "out")
+    quantize_model(recipe, out=tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(reference)
+
+
+def test_around_a_plan_is_measured_untuned(
+    model: Path, calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what was measured serves any number of steps, and only the choice between plans sees tuned ones."""
+    stages, results = [], []
+    write: Callable[..., Any] = Stage.write
+
+    def recording(self: Stage, name: str, *args: Any, **options: Any) -> Any:
+        stages.append((self.folder.name, name))
+        return write(self, name, *args, **options)
+
+    monkeypatch.setattr(Stage, "write", recording)
+    for steps in (2, 3):
+        changes = {"budget__avg_bits": 4.0, "allocation__widths": [2, 4], "allocation__layer_only": True}
+        recipe = recipe_of(model, calibration_file, budget__bits=None, quantizer__tune=steps, **changes)
+        quantize_model(recipe, out=tmp_path / f"{steps}", work_dir=tmp_path / "work")
+        results.append(digests(tmp_path / f"{steps}")["model.safetensors"])
+    assert sum(name == "sensitivity" for _, name in stages) == 2  # measured, and around the plan: once each
+    assert len(set(results)) == 2
+
+
+def test_the_flag(model: Path, calibration_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", model, "--calib", calibration_file, "--tokens", 64, "--window", 64, "--bits", 4]
+    outcome = run_here([*arguments, "--tune", -1, "--out", tmp_path / "bad"], capsys)
+    assert outcome.code == 2
+    assert "quantizer.tune" in outcome.stderr
+    assert "of at least 0" in outcome.stderr
+    outcome = run_here([*arguments, "--tune", 2, "--out", tmp_path / "good", "--json"], capsys)
+    assert outcome.code == 0
+    assert "tune: 2" in (tmp_path / "good" / "recipe.yaml").read_text()
