@@ -50,6 +50,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ group bits": {"allocation.layer_only": False},
     "+ text of its own": {"calibration.source": "self"},
     "+ tuning": {"quantizer.tune": 200},
+    "+ four times the text": {"calibration.tokens": 49152},
 }
 FIELDS = ("model", "seed", "budget", "variant", "true_bits", "extra_nll", "kl", "seconds", "measured", "peak_mb")
 
