@@ -14,8 +14,8 @@ undecided turns first. Related: BRECQ (Li et al., 2021), AutoRound (Cheng et al.
 
 Codes that overfit are the danger: some batches are held back, and where their loss does not fall, nothing is changed.
 
-Rejected, see docs/log.md: sign gradients, latents that begin at the codes, tuned zeros, inputs mixed with those of the
-unquantized model, and targets made from the quantized inputs.
+Rejected, see docs/log.md: sign gradients, latents that begin at the codes or, after descent, at what GPTQ rounded, and
+inputs mixed with those of the unquantized model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from llmmpq.quantize.gptq import Factor
 from llmmpq.quantize.grid import Grid
 
 # Legend: N rows (outputs), K columns (inputs), G groups.
-# How far Adam could go at 2 bits if all gradients had one sign: in code steps, and in shares of a scale. Half a code
-# step and two were worse, four times the scales' reach made no difference. Each further bit halves both: GPTQ leaves
-# less to gain, and codes that turn without need cost as much as before.
-CODE_REACH, SCALE_REACH = 1.0, 0.05
+# How far Adam could go at 2 bits if all gradients had one sign: in code steps, and in shares of a scale. Figures in
+# docs/log.md. Each further bit halves both: less is left to gain, and codes that turn without need cost as much.
+CODE_REACH, SCALE_REACH = 0.5, 0.05
 MOMENTUM = (0.9, 0.99)
 # Gradients have no natural size, and Adam's usual 1e-8 would be large for some.
 EPSILON = 1e-20

@@ -324,10 +324,11 @@ def test_tuning_brings_a_block_closer_to_the_original_and_says_what_it_did(opene
     for spec in block.linears:
         note = result.notes[spec.name]["tuned"]
         assert note["kept"]
-        assert note["changed_codes"] > 0
-        assert not torch.equal(result.packed[spec.name].words, plain.packed[spec.name].words)
+        same = torch.equal(result.packed[spec.name].words, plain.packed[spec.name].words)
+        assert same == (note["changed_codes"] == 0)
         found = dequantized(result.packed[spec.name], torch.float32)
         assert torch.equal(block.linear(spec).weight.data, found)
+    assert max(note["tuned"]["changed_codes"] for note in result.notes.values()) > 0
     assert fallbacks(list(result.notes.items())) == []
     blocks.close()
 
