@@ -4,8 +4,8 @@
     python eval/block_time.py /tmp/block8b [--bits 3] [--tokens 2048] [--threads 2] [--tune 0]
 
 Runs the whole command in this process under a profiler; its own cost is far below a percent here, where nearly all of
-the time passes inside torch. The parts are steps of `execute.quantize_block`; what is left over is hashing and loading the
-model, embedding, running the block and writing the folder.
+the time passes inside torch. The parts are steps of `execute.quantize_block`; what is left over is hashing and loading
+the model, embedding, running the block and writing the folder.
 """
 
 from __future__ import annotations
