@@ -1,0 +1,88 @@
+"""What both matrix kernels do with a tile of words, in registers: codes to floats, and the scales and zeros beside them.
+
+A word is 32 bits of codes that begin at bit 0 (`layout.py`). Integer-to-float conversion runs at a sixteenth of the
+rate of a multiplication on NVIDIA chips, so no code is ever converted. A float32 whose mantissa is all zero but for a
+field of b bits that ends e bits above the mantissa's last is, with the exponent e + l,
+
+    2^(e + l) + 2^l * code
+
+One shift brings each byte of a word under the mantissa's first eight bits; from there every code costs one
+and-or (LOP3), and the product one fused multiply-add. The powers of two are known before any code is read: they are
+taken off again with the zero, once for each group. With at most eight bits of offset no sum loses more than 2^-16 of
+its terms, less than the rounding of a 16-bit activation. The lift l = 2 weighs the top plane of 3-bit codes.
+
+`one_bits` is the integer 0x3F800000 handed in at run time. Known at compile time, it becomes an immediate beside the
+mask's, and an instruction holds one immediate only: twice the instructions.
+
+Rejected: half2 arithmetic (twice the rate; sums of bfloat16 lose three digits and those of float16 overflow), and
+`x.to(float32)`.
+
+Shape suffixes: N output rows, C chunks of 32 codes, W words, P codes in a word, L = 32 codes of a chunk.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_words(row_N, first, chunk, num_chunks, PER_CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """`CHUNKS` chunks from `chunk` on, of a plane that starts at word `first` of each row: words [N, C * PER_CHUNK]."""
+    word = chunk * PER_CHUNK + tl.arange(0, CHUNKS * PER_CHUNK)
+    inside = word < num_chunks * PER_CHUNK
+    # Every word is read once: it leaves the cache first, so that activations and scales stay.
+    return tl.load(
+        row_N[:, None] + (first + word)[None, :], mask=inside[None, :], other=0, eviction_policy="evict_first"
+    )
+
+
+@triton.jit
+def split_fields(words, one_bits, BITS: tl.constexpr, LIFT: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """words [N, W] -> float32 [N, C, 32], each its code and the offset that `offsets` names for its position."""
+    CODES: tl.constexpr = 32 // BITS
+    PER_BYTE: tl.constexpr = 8 // BITS
+    position = tl.arange(0, CODES)
+    shift = 15 - 8 * (position // PER_BYTE)
+    left = tl.maximum(shift, 0).to(tl.uint32)[None, None, :]
+    right = tl.maximum(-shift, 0).to(tl.uint32)[None, None, :]
+    place = BITS * (position % PER_BYTE)
+    mask = (((1 << BITS) - 1) << (15 + place)).to(tl.uint32)[None, None, :]
+    exponent = (one_bits + ((8 - place + LIFT) << 23)).to(tl.uint32)[None, None, :]
+    # A reshape, not `[:, :, None]`: Triton carries the layout of the load through it, so words stay in their registers.
+    words = tl.reshape(words.to(tl.uint32, bitcast=True), (ROWS, CHUNKS * BITS, 1))
+    fields = (((words << left) >> right) & mask) | exponent
+    return tl.reshape(fields.to(tl.float32, bitcast=True), (ROWS, CHUNKS, 32))
+
+
+@triton.jit
+def offsets(BITS: tl.constexpr, LIFT: tl.constexpr):
+    """The power of two in each of the 32 fields of a chunk: float32 [32]."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    exponent = 8 - BITS * (tl.arange(0, 32) % PER_BYTE) + LIFT
+    return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_scales(scales_ptr, base_ptr, places, inside, EIGHT_BIT: tl.constexpr):
+    """float16 scales, or 8-bit ones: the upper half of a positive float16, times the matrix's base."""
+    stored = tl.load(scales_ptr + places, mask=inside, other=0)
+    if EIGHT_BIT:
+        return (stored.to(tl.int16) << 6).to(tl.float16, bitcast=True).to(tl.float32) * tl.load(base_ptr)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def load_zeros(zeros_ptr, first, group, row, num_rows, inside, BITS: tl.constexpr):
+    """The zeros of `row` in `group` of a run, which is a matrix [groups, N] of packed codes from word `first` on."""
+    num_words = (num_rows + 31) // 32
+    if BITS == 3:
+        line = zeros_ptr + first + group.to(tl.int64) * (3 * num_words)
+        low = tl.load(line + row // 16, mask=inside, other=0) >> (2 * (row % 16))
+        high = tl.load(line + 2 * num_words + row // 32, mask=inside, other=0) >> (row % 32)
+        code = (low & 3) | ((high & 1) << 2)
+    else:
+        CODES: tl.constexpr = 32 // BITS
+        line = zeros_ptr + first + group.to(tl.int64) * (BITS * num_words)
+        code = (tl.load(line + row // CODES, mask=inside, other=0) >> (BITS * (row % CODES))) & ((1 << BITS) - 1)
+    # 2^23 + code, less 2^23: exact, and cheaper than a conversion.
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
