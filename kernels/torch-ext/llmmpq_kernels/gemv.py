@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .operands import Operands
-from .tiles import load_scales, load_words, load_zeros, offsets, split_fields
+from .tiles import columns_of, load_scales, load_words, load_zeros, offsets, split_fields
 
 MOST_ROWS = 16
 ONE_BITS = 0x3F800000  # of 1.0 in float32
@@ -85,10 +85,7 @@ def _add_run(
         # Activations [M * C, 32], in the order of the words.
         mc = tl.arange(0, M * BLOCK_C)
         m, c = mc // BLOCK_C, chunk + mc % BLOCK_C
-        group = c // PER_GROUP
-        if MIXED:
-            group = tl.load(order_ptr + first_group + group, mask=c < num_chunks, other=0)
-        k = (group * GROUP + (c % PER_GROUP) * 32)[:, None] + tl.arange(0, 32)[None, :]
+        k = columns_of(order_ptr, first_group, c, num_chunks, GROUP, MIXED)[:, None] + tl.arange(0, 32)[None, :]
         inside = (k < num_k) & ((c < num_chunks) & (m < num_m))[:, None]
         x = tl.load(x_ptr + (m.to(tl.int64) * stride_x)[:, None] + k, mask=inside, other=0.0).to(tl.float32)
         sums_MC = tl.reshape(tl.sum(x, 1), (M, BLOCK_C))
@@ -241,16 +238,9 @@ def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torc
     if config.split > 1:
         target = torch.empty((config.split, num_rows, num_n), dtype=torch.float32, device=x_MK.device)
         bias = None
-    align = operands.alignment
-    chunks = [chunks // align for chunks in operands.chunks]
-    # A pointer that is not read must still be one: the words stand in.
     gemv_kernel[(triton.cdiv(num_n, config.block_n), config.split)](
         x_MK,
-        operands.words,
-        operands.scales,
-        operands.words if operands.scale_base is None else operands.scale_base,
-        operands.words if operands.zeros is None else operands.zeros,
-        operands.words if operands.order is None else operands.order,
+        *operands.pointers,
         operands.words if bias is None else bias,
         target,
         num_rows,
@@ -258,20 +248,14 @@ def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torc
         num_k,
         operands.scales.shape[1],
         x_MK.stride(0),
-        operands.words.shape[1] // align,
-        *(chunks + [0] * 4)[:4],
+        *operands.extents,
         ONE_BITS,
-        WIDTHS=tuple(bits for bits, _ in operands.runs),
-        ALIGN=align,
-        GROUP=operands.group_size,
+        **operands.constants,
         M=triton.next_power_of_2(num_rows),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
         SPLIT=config.split,
-        HAS_ZEROS=operands.zeros is not None,
         HAS_BIAS=bias is not None,
-        MIXED=operands.order is not None,
-        EIGHT_BIT=operands.scale_base is not None,
         num_warps=config.num_warps,
     )
     if config.split > 1:

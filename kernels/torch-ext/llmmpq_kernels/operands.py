@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .layout import CODES_PER_CHUNK
+from .runs import Runs
 
 MOST_RUNS = 4
 WORDS_PER_LOAD = 4  # 16 bytes, the longest load of a thread
@@ -27,7 +29,7 @@ class Operands:
     order: torch.Tensor | None
     scale_base: torch.Tensor | None
     bias: torch.Tensor | None
-    runs: tuple[tuple[int, int], ...]
+    runs: Runs
     group_size: int
     shape: tuple[int, int]
 
@@ -43,8 +45,33 @@ class Operands:
         """The largest of 4, 2 and 1 that divides every run's chunks, and with them the words of a row."""
         return math.gcd(WORDS_PER_LOAD, *self.chunks)
 
+    @property
+    def pointers(self) -> tuple[torch.Tensor, ...]:
+        """Words, scales, base, zeros, order. A pointer that is not read must still be one: the words stand in."""
+        others = (self.scale_base, self.zeros, self.order)
+        return (self.words, self.scales, *(self.words if tensor is None else tensor for tensor in others))
 
-def refusal(runs: tuple[tuple[int, int], ...], group_size: int) -> str | None:
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The words of a row and the chunks of four runs, in units of `alignment`."""
+        align = self.alignment
+        chunks = [count // align for count in self.chunks]
+        return (self.words.shape[1] // align, *chunks, *[0] * (MOST_RUNS - len(chunks)))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "WIDTHS": tuple(bits for bits, _ in self.runs),
+            "ALIGN": self.alignment,
+            "GROUP": self.group_size,
+            "HAS_ZEROS": self.zeros is not None,
+            "MIXED": self.order is not None,
+            "EIGHT_BIT": self.scale_base is not None,
+        }
+
+
+def refusal(runs: Runs, group_size: int) -> str | None:
     """Why no Triton kernel takes such a matrix; None where one does."""
     if group_size % CODES_PER_CHUNK:
         return f"groups of {group_size} are not a multiple of {CODES_PER_CHUNK}, the codes that a kernel unpacks at once"

@@ -86,3 +86,56 @@ def load_zeros(zeros_ptr, first, group, row, num_rows, inside, BITS: tl.constexp
         code = (tl.load(line + row // CODES, mask=inside, other=0) >> (BITS * (row % CODES))) & ((1 << BITS) - 1)
     # 2^23 + code, less 2^23: exact, and cheaper than a conversion.
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def dequantize_tile(
+    row_N,
+    n_N,
+    scales_ptr,
+    base_ptr,
+    zeros_ptr,
+    num_n,
+    num_groups,
+    one_bits,
+    first_word,
+    first_group,
+    first_zero,
+    chunk,
+    num_chunks,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+):
+    """The weights of `BLOCK_C` chunks of a run, float32 [N, C * 32], as the reference has them, bit for bit."""
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    words = load_words(row_N, first_word, chunk, num_chunks, PLANE, BLOCK_C)
+    codes_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C) - offsets(PLANE, 0)[None, None, :]
+    if BITS == 3:
+        words = load_words(row_N, first_word + 2 * num_chunks, chunk, num_chunks, 1, BLOCK_C)
+        codes_NCL += split_fields(words, one_bits, 1, 2, BLOCK_N, BLOCK_C) - offsets(1, 2)[None, None, :]
+    chunk_C = (chunk + tl.arange(0, BLOCK_C))[None, :]
+    group_C = chunk_C // (GROUP // 32)
+    inside = chunk_C < num_chunks
+    places = n_N.to(tl.int64)[:, None] * num_groups + (first_group + group_C)
+    scales_NC = load_scales(scales_ptr, base_ptr, places, inside, EIGHT_BIT)
+    if HAS_ZEROS:
+        zeros_NC = load_zeros(zeros_ptr, first_zero, group_C, n_N[:, None], num_n, inside, BITS)
+        weights_NCL = (codes_NCL - zeros_NC[:, :, None]) * scales_NC[:, :, None]
+    else:
+        ZERO: tl.constexpr = 1 << (BITS - 1)
+        weights_NCL = (codes_NCL - ZERO) * scales_NC[:, :, None]
+    return tl.reshape(weights_NCL, (BLOCK_N, BLOCK_C * 32))
+
+
+@triton.jit
+def columns_of(order_ptr, first_group, c, num_chunks, GROUP: tl.constexpr, MIXED: tl.constexpr):
+    """The first column of the matrix in each of the chunks `c` of a run."""
+    PER_GROUP: tl.constexpr = GROUP // 32
+    group = c // PER_GROUP
+    if MIXED:
+        group = tl.load(order_ptr + first_group + group, mask=c < num_chunks, other=0)
+    return group * GROUP + (c % PER_GROUP) * 32
