@@ -3,7 +3,7 @@
     out[m, n] = bias[n] + sum over k of x[m, k] * weight[n, k],   weight in x's dtype, sums in float32
 
 A program holds a tile of outputs, walks over the chunks of 32 codes as `gemv.py` does, dequantizes a tile of weights
-in registers and multiplies it with `tl.dot`. Weights are rounded to x's dtype as the reference rounds them.
+in registers and multiplies it with `tl.dot`. Weights are rounded to x's dtype, as the reference's are.
 
 Each tile of rows dequantizes the matrix anew. From a few hundred rows on it is faster to write the matrix out once
 and leave the product to cuBLAS, which `multiply_dequantized` does; what is written is thrown away after the product.
@@ -115,6 +115,7 @@ def gemm_kernel(
                 BLOCK_C,
                 HAS_ZEROS,
                 EIGHT_BIT,
+                False,
             ).to(x_ptr.dtype.element_ty)
             place_K = tl.arange(0, BLOCK_C * 32)
             c_K = chunk + place_K // 32
@@ -200,6 +201,7 @@ def dequantize_kernel(
                 BLOCK_C,
                 HAS_ZEROS,
                 EIGHT_BIT,
+                True,
             )
             place_K = tl.arange(0, BLOCK_C * 32)
             c_K = chunk + place_K // 32

@@ -109,14 +109,21 @@ def dequantize_tile(
     BLOCK_C: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """The weights of `BLOCK_C` chunks of a run, float32 [N, C * 32], as the reference has them, bit for bit."""
+    """The weights of `BLOCK_C` chunks of a run, float32 [N, C * 32]: the reference's bit for bit if `EXACT`.
+
+    If not, offset, zero and scale take one multiply-add instead of three operations, and the result is within 2^-15 of
+    a scale of the reference: a twentieth of what rounding to float16 costs.
+    """
     PLANE: tl.constexpr = 2 if BITS == 3 else BITS
     words = load_words(row_N, first_word, chunk, num_chunks, PLANE, BLOCK_C)
-    codes_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C) - offsets(PLANE, 0)[None, None, :]
+    fields_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C)
+    offset_L = offsets(PLANE, 0)
     if BITS == 3:
         words = load_words(row_N, first_word + 2 * num_chunks, chunk, num_chunks, 1, BLOCK_C)
-        codes_NCL += split_fields(words, one_bits, 1, 2, BLOCK_N, BLOCK_C) - offsets(1, 2)[None, None, :]
+        fields_NCL += split_fields(words, one_bits, 1, 2, BLOCK_N, BLOCK_C)
+        offset_L += offsets(1, 2)
     chunk_C = (chunk + tl.arange(0, BLOCK_C))[None, :]
     group_C = chunk_C // (GROUP // 32)
     inside = chunk_C < num_chunks
@@ -124,10 +131,14 @@ def dequantize_tile(
     scales_NC = load_scales(scales_ptr, base_ptr, places, inside, EIGHT_BIT)
     if HAS_ZEROS:
         zeros_NC = load_zeros(zeros_ptr, first_zero, group_C, n_N[:, None], num_n, inside, BITS)
+    else:
+        zeros_NC = tl.full((BLOCK_N, BLOCK_C), 1 << (BITS - 1), tl.float32)
+    if EXACT:
+        codes_NCL = fields_NCL - offset_L[None, None, :]
         weights_NCL = (codes_NCL - zeros_NC[:, :, None]) * scales_NC[:, :, None]
     else:
-        ZERO: tl.constexpr = 1 << (BITS - 1)
-        weights_NCL = (codes_NCL - ZERO) * scales_NC[:, :, None]
+        constant_NCL = (offset_L[None, None, :] + zeros_NC[:, :, None]) * scales_NC[:, :, None]
+        weights_NCL = fields_NCL * scales_NC[:, :, None] - constant_NCL
     return tl.reshape(weights_NCL, (BLOCK_N, BLOCK_C * 32))
 
 
