@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,59 @@ def compile_kernel(
 def _run(tool: str, *arguments: object) -> str:
     command = [str(TOOLS / tool), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+POINTERS = {
+    "x_ptr": "*bf16",
+    "words_ptr": "*i32",
+    "scales_ptr": "*fp16",
+    "base_ptr": "*fp32",
+    "zeros_ptr": "*i32",
+    "order_ptr": "*i32",
+    "bias_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "out_ptr": "*bf16",
+}
+PLAIN = {"ALIGN": 4, "GROUP": 128, "HAS_ZEROS": True, "HAS_BIAS": True, "EIGHT_BIT": False, "SPLIT": 1}
+
+
+def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every kernel with the default launch figures. `wanted_loads`: 16-byte loads that one block of words takes."""
+    from llmmpq_kernels import gemm, gemv, tuning
+
+    launch = tuning.load_launch("default")
+    found = {}
+
+    def add(name: str, kernel: Any, constants: dict[str, Any], options: dict[str, int], wanted_loads: int) -> None:
+        known = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        pointers = {key: value for key, value in POINTERS.items() if key in kernel.arg_names}
+        for capability in (80, 90):
+            code = compile_kernel(kernel, pointers, known, options=options, capability=capability, folder=folder)
+            found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_loads": wanted_loads}
+
+    for widths in ((2,), (3,), (4,), (8,), (2, 3, 4, 8)):
+        runs = tuple((bits, 1) for bits in widths)
+        entry = tuning._first_fitting(launch.gemv, 1, runs)
+        constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "M": 1, "EIGHT_BIT": len(widths) > 1}
+        constants |= {"BLOCK_N": entry["block_n"], "BLOCK_C": entry["block_c"]}
+        # 4 bits: a chunk is one such load, and each lane holds one chunk of each of its rows. One plane in 3 bits is
+        # half a load for each chunk, so its lanes hold two chunks.
+        rows = entry["block_n"] // entry["num_warps"]
+        wanted = sum(max(1, rows * bits // 4) for bits in widths)
+        name = f"gemv {','.join(map(str, widths))}"
+        add(name, gemv.gemv_kernel, constants, {"num_warps": entry["num_warps"]}, wanted)
+    for rows in (16, 64, 512):
+        entry = tuning._first_fitting(launch.gemm, rows, ((4, 1),))
+        constants = PLAIN | {"WIDTHS": (4,), "MIXED": False, "IN_FLOAT32": False}
+        constants |= {key.upper(): entry[key] for key in ("block_m", "block_n", "block_c")}
+        options = {key: entry[key] for key in ("num_warps", "num_stages")}
+        add(f"gemm {rows} rows", gemm.gemm_kernel, constants, options, 1)
+    constants = PLAIN | {"WIDTHS": (3,), "MIXED": False, "BLOCK_N": gemm.DEQUANTIZE_ROWS}
+    constants |= {"BLOCK_C": gemm.DEQUANTIZE_CHUNKS}
+    add("dequantized 3", gemm.dequantize_kernel, constants, {"num_warps": gemm.DEQUANTIZE_WARPS}, 2)
+    add("add_splits", gemv.add_splits_kernel, {"SPLIT": 4, "BLOCK": 512, "HAS_BIAS": True}, {"num_warps": 4}, 0)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(Path(sys.argv[1]))))
