@@ -62,4 +62,5 @@ def test_products_of_many_rows_are_on_tensor_cores(compiled, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("add_splits")])
 def test_no_code_is_converted_by_the_slow_unit(compiled, name):
     """I2F runs at a sixteenth of the rate: `tiles.py` says how it is avoided."""
-    assert "I2F" not in compiled[name]["instructions"] or compiled[name]["instructions"]["I2F"] <= 8
+    # One: the number of a tile divided by the tiles of a row, once for each program.
+    assert compiled[name]["instructions"].get("I2F", 0) <= 1
