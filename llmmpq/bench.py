@@ -51,8 +51,8 @@ def bench(
             needed = sum(parameter.numel() for parameter in _shapes(loaded)) * loaded.dtype.itemsize
             if needed > WEIGHTS_SHARE * (free := free_nbytes(target)):
                 notes.append(
-                    f"The model at {_name(loaded.dtype)} would take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                    "it was not measured."
+                    f"The model in {_name(loaded.dtype)} was not measured: it would take {needed / 1e9:.1f} GB, "
+                    f"{free / 1e9:.1f} GB are free."
                 )
                 break
             loaded.dequantize(loaded.dtype)
@@ -96,7 +96,11 @@ def _shapes(model: Any) -> list[torch.Tensor]:
     from llmmpq.runtime.linear import STORED, PackedLinear
 
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    kept = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in packed or name.rpartition(".")[2] not in STORED]
+    kept = [
+        p
+        for name, p in model.named_parameters()
+        if name.rpartition(".")[0] not in packed or name.rpartition(".")[2] not in STORED
+    ]
     return kept + [torch.empty(model.get_submodule(name).shape, device="meta") for name in packed]
 
 

@@ -228,8 +228,9 @@ def inspect(folder: Path, *, runtime: bool = False) -> dict[str, Any]:
     plan = plan_of(folder) if runtime else None
     if plan is not None:
         device = pick_device("auto")
-        dtype = torch.float32 if device.type == "cpu" else read_config(folder).get_text_config().dtype
-        found["runtime"] = explain_runtime(plan, device=device, dtype=dtype or torch.float32)
+        stored = read_config(folder).get_text_config().dtype
+        dtype = stored if device.type == "cuda" and isinstance(stored, torch.dtype) else torch.float32
+        found["runtime"] = explain_runtime(plan, device=device, dtype=dtype)
     return found
 
 

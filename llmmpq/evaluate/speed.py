@@ -1,9 +1,8 @@
 """How fast a causal model reads a prompt and writes after it, and how fast its device copies memory.
 
-Prompts are seeded random tokens: speed does not depend on what they say. A figure is the median of several
-runs after one that is not counted, in which kernels are compiled and memory is taken. Writing is greedy, with a cache of
-keys and values; on a GPU one step is captured in a CUDA graph where the model allows it, so that launching costs
-nothing.
+Prompts are seeded random tokens: speed does not depend on what they say. A figure is the median of several runs after
+one that is not counted, in which kernels are compiled and memory is taken. Writing is greedy, with a cache of keys and
+values; on a GPU one step is captured in a CUDA graph where the model allows it, so that launching costs nothing.
 
 A step of decoding reads every weight once, whatever the batch: weights in bytes over seconds per step is the bandwidth
 achieved, to be seen beside the bandwidth of a copy (bytes read plus bytes written). Keys and values are left
@@ -127,9 +126,7 @@ def _captured_seconds(model: Any, ids_BT: torch.Tensor, new: int) -> float:
     position = torch.full((batch, 1), prompt, device=ids_BT.device)
 
     def step() -> None:
-        output = model(
-            input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens.copy_(output.logits[:, -1:].argmax(-1))
         position.add_(1)
 

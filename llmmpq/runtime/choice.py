@@ -75,7 +75,9 @@ def _consider_triton(
     ordered = sorted(TRITON, key=lambda backend: backend != best)
     rows = f"{num_rows} row{'s' if num_rows > 1 else ''}"
     return [
-        Candidate(backend, backend == best, f"{says[backend]}; {figures}" if backend == best else f"{rows} given: {best}")
+        Candidate(
+            backend, backend == best, f"{says[backend]}; {figures}" if backend == best else f"{rows} given: {best}"
+        )
         for backend in ordered
     ]
 

@@ -19,7 +19,7 @@ from llmmpq.scheme import Scheme
 from llmmpq_kernels import reference
 from llmmpq_kernels.operands import Operands
 
-__all__ = ["Candidate", "explain", "packed_linear"]
+__all__ = ["Candidate", "explain", "multiply", "packed_linear"]
 
 
 @torch.library.custom_op("llmmpq::packed_linear", mutates_args=())
@@ -35,32 +35,50 @@ def _packed_linear(
     group_size: int,
 ) -> torch.Tensor:
     """`runs` are the pairs of `Scheme.widths` in one row: an operator takes no nested lists."""
-    shape, pairs = (words.shape[0], x.shape[-1]), tuple(zip(runs[::2], runs[1::2], strict=True))
-    num_rows = x.numel() // x.shape[-1]
+    operands = Operands(
+        words=words,
+        scales=scales,
+        zeros=zeros,
+        order=order,
+        scale_base=scale_base,
+        bias=bias,
+        runs=tuple(zip(runs[::2], runs[1::2], strict=True)),
+        group_size=group_size,
+        shape=(words.shape[0], x.shape[-1]),
+    )
+    return multiply(x, operands)
+
+
+def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
+    """`x @ weight.T + bias` past the operator, whose way through torch takes as long as a small product.
+
+    For callers whom nobody traces, and who ask for no gradient.
+    """
+    shape, runs, group_size = operands.shape, operands.runs, operands.group_size
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"input has {x.shape[-1]} features, the packed matrix of shape {shape} takes {shape[1]}")
+    num_rows = x.numel() // shape[1]
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], shape[0]))
     # Rounded up to a power of two: lengths of prompts are many, classes of them few.
-    backend = choose(x.device, x.dtype, shape, pairs, group_size, 1 << (num_rows - 1).bit_length())
+    backend = choose(x.device, x.dtype, shape, runs, group_size, 1 << (num_rows - 1).bit_length())
     if backend != REFERENCE:
-        operands = Operands(
-            words=words,
-            scales=scales,
-            zeros=zeros,
-            order=order,
-            scale_base=scale_base,
-            bias=bias,
-            runs=pairs,
-            group_size=group_size,
-            shape=shape,
-        )
         try:
             return _run_kernel(backend, x.reshape(num_rows, shape[1]), operands).view(*x.shape[:-1], shape[0])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a driver raises: the model still runs, slowly, and says so
-            give_up_on(backend, x.device, pairs, group_size, error)
+            give_up_on(backend, x.device, runs, group_size, error)
     return reference.packed_linear(
-        x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size
+        x,
+        operands.words,
+        operands.scales,
+        operands.zeros,
+        operands.bias,
+        order=operands.order,
+        scale_base=operands.scale_base,
+        runs=runs,
+        group_size=group_size,
     )
 
 

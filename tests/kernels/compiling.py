@@ -85,7 +85,7 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "out_ptr": "*bf16",
 }
-PLAIN = {"ALIGN": 4, "GROUP": 128, "HAS_ZEROS": True, "HAS_BIAS": True, "EIGHT_BIT": False, "SPLIT": 1}
+PLAIN = {"ALIGN": 4, "GROUP": 128, "HAS_ZEROS": True, "HAS_BIAS": True, "EIGHT_BIT": False}
 
 
 def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -122,7 +122,7 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
     constants = PLAIN | {"WIDTHS": (3,), "MIXED": False, "BLOCK_N": gemm.DEQUANTIZE_ROWS}
     constants |= {"BLOCK_C": gemm.DEQUANTIZE_CHUNKS}
     add("dequantized 3", gemm.dequantize_kernel, constants, {"num_warps": gemm.DEQUANTIZE_WARPS}, 2)
-    add("add_splits", gemv.add_splits_kernel, {"SPLIT": 4, "BLOCK": 512, "HAS_BIAS": True}, {"num_warps": 4}, 0)
+    add("add_splits", gemv.add_splits_kernel, {"BLOCK": 512, "HAS_BIAS": True}, {"num_warps": 4}, 0)
     return found
 
 

@@ -19,7 +19,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def test_products_equal_the_reference(widths, group_size):
     for rows in (1, 2, 3, 4, 7, cpu.MOST_ROWS + 1):
         case = Case(
-            rows=rows, shape=(45, 1000), widths=widths, group_size=group_size, dtype=torch.float32, eight_bit=rows % 2 > 0
+            rows=rows,
+            shape=(45, 1000),
+            widths=widths,
+            group_size=group_size,
+            dtype=torch.float32,
+            eight_bit=rows % 2 > 0,
         )
         operands, x = case.operands(), case.x()
         assert relative_error(cpu.multiply(x, operands), x, operands) < TOLERANCE[torch.float32]

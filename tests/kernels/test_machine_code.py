@@ -62,5 +62,6 @@ def test_products_of_many_rows_are_on_tensor_cores(compiled, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("add_splits")])
 def test_no_code_is_converted_by_the_slow_unit(compiled, name):
     """I2F runs at a sixteenth of the rate: `tiles.py` says how it is avoided."""
-    # One: the number of a tile divided by the tiles of a row, once for each program.
-    assert compiled[name]["instructions"].get("I2F", 0) <= 1
+    # What is left are divisions of whole numbers, at most three for each run of widths and none for each chunk.
+    num_runs = name.split()[1].count(",") + 1
+    assert compiled[name]["instructions"].get("I2F", 0) <= 3 * num_runs

@@ -71,7 +71,7 @@ def test_strided_input():
     linear = PackedLinear.from_packed(random_packed(), random_bias())
     for x in (torch.randn(SHAPE[1], 6).T, torch.randn(3, 4, SHAPE[1]).transpose(0, 1), torch.randn(9, SHAPE[1])[::2]):
         assert not x.is_contiguous()
-        torch.testing.assert_close(linear(x), plain(linear)(x.contiguous()))
+        torch.testing.assert_close(linear(x), plain(linear)(x.contiguous()), rtol=2e-5, atol=1e-4)
 
 
 def test_wrong_input_size_is_refused():
@@ -178,13 +178,18 @@ def test_rows_and_dtype_choose_the_kernel_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary")
     device, scheme = torch.device("cuda", 0), Scheme(bits=3, group_size=64)
     for num_rows, backend in [(1, "gemv"), (16, "gemm"), (2048, "dequantized")]:
-        first = next(one for one in ops.explain(device, torch.bfloat16, SHAPE, scheme, num_rows=num_rows) if one.accepted)
+        first = next(
+            one for one in ops.explain(device, torch.bfloat16, SHAPE, scheme, num_rows=num_rows) if one.accepted
+        )
         assert first.backend == backend
         assert "nobody measured" in first.reason
     in_float32 = picks(device, torch.float32, SHAPE, scheme)
     assert [name for name, (accepted, _) in in_float32.items() if accepted] == ["reference"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert picks(device, torch.bfloat16, SHAPE, scheme)["gemv"] == (False, "compute capability 7.5, at least 8.0 is needed")
+    assert picks(device, torch.bfloat16, SHAPE, scheme)["gemv"] == (
+        False,
+        "compute capability 7.5, at least 8.0 is needed",
+    )
 
 
 @pytest.fixture

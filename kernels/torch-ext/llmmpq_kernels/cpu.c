@@ -57,8 +57,8 @@ static INLINE floats half_chunk(const uint32_t *plane, const uint32_t *top, int 
         codes = codes >> BY_4 & 15;
     } else {
         codes = copies(plane[half]) >> BY_2 & 3;
-        if (bits == 3)
-            codes |= copies(*top >> (16 * half)) >> BY_1 << 2 & 4;
+        if (bits == 3) /* bit i of its half, moved to bit 2 by a shift of i */
+            codes |= copies(half ? *top >> 14 : *top << 2) >> BY_1 & 4;
     }
     return __builtin_convertvector((ints)codes, floats);
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,7 +20,9 @@ from . import native
 from .layout import CODES_PER_CHUNK
 from .operands import MOST_RUNS, Operands
 from .reference import CPU_BLOCK_WEIGHTS
+from .runs import Runs
 
+FLOAT_NBYTES = 4
 ROWS_AT_ONCE = 4  # of `cpu.c`
 # Up to here each four rows unpack the matrix anew; from there on making it float32 once costs less.
 MOST_ROWS = 32
@@ -43,8 +45,7 @@ def multiply(x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
     library = native.load().handle
     if library is None:
         raise RuntimeError(f"no compiled loops: {native.load().problem}")
-    held = [None if tensor is None else tensor.contiguous() for tensor in _stored(operands)]
-    matrix = _matrix(operands, held)
+    matrix = _matrix_of(operands)
     if x_MK.shape[0] <= MOST_ROWS:
         out_MN = _multiply_rows(library, matrix, x_MK, operands)
         if operands.bias is not None:
@@ -57,55 +58,57 @@ def dequantize(operands: Operands) -> torch.Tensor:
     """The matrix [N, K] in float32, as the reference gives it."""
     library = native.load().handle
     assert library is not None, native.load().problem
-    held = [None if tensor is None else tensor.contiguous() for tensor in _stored(operands)]
     weights_NK = torch.empty(operands.shape, dtype=torch.float32)
-    _dequantize_rows(library, _matrix(operands, held), weights_NK, 0)
+    _dequantize_rows(library, _matrix_of(operands), weights_NK, 0)
     return weights_NK
 
 
-def _stored(operands: Operands) -> tuple[torch.Tensor | None, ...]:
-    return (operands.words, operands.scales, operands.zeros, operands.order, operands.scale_base)
+def _matrix_of(operands: Operands) -> Matrix:
+    stored = (operands.words, operands.scales, operands.zeros, operands.order, operands.scale_base)
+    for tensor in stored:
+        if tensor is not None and not tensor.is_contiguous():
+            raise RuntimeError("stored tensors must lie in memory as they do in a file: call .contiguous() on them")
+    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in stored])
+    widths = (operands.scales.shape[1], operands.group_size, operands.words.shape[1])
+    return _matrix(pointers, operands.shape, widths, operands.runs, operands.chunks)
 
 
-def _matrix(operands: Operands, held: list[torch.Tensor | None]) -> Matrix:
-    def row(numbers: list[int]) -> ctypes.Array[ctypes.c_int64]:
+@functools.lru_cache(maxsize=4096)  # of addresses, which say all that it holds: never stale
+def _matrix(
+    pointers: tuple[int | None, ...],
+    shape: tuple[int, int],
+    widths: tuple[int, int, int],
+    runs: Runs,
+    chunks: tuple[int, ...],
+) -> Matrix:
+    def row(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * MOST_RUNS)(*numbers)
 
-    return Matrix(
-        *(None if tensor is None else tensor.data_ptr() for tensor in held),
-        *operands.shape,
-        operands.scales.shape[1],
-        operands.group_size,
-        operands.words.shape[1],
-        len(operands.runs),
-        row([bits for bits, _ in operands.runs]),
-        row([groups for _, groups in operands.runs]),
-        row(list(operands.chunks)),
-    )
+    columns = (row(bits for bits, _ in runs), row(groups for _, groups in runs), row(chunks))
+    return Matrix(*pointers, *shape, *widths, len(runs), *columns)
 
 
 def _multiply_rows(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
-    num_rows, (num_n, _) = x_MK.shape[0], operands.shape
+    num_rows, num_n = x_MK.shape[0], operands.shape[0]
     x = x_MK.to(torch.float32).contiguous()
     width, num_groups = sum(operands.chunks) * CODES_PER_CHUNK, operands.scales.shape[1]
-    stored = torch.empty(num_rows, width)
-    sums_MG = torch.empty(num_rows, num_groups)
-    out_MN = torch.empty(num_rows, num_n)
-    pointer = ctypes.byref(matrix)
-    library.llmmpq_prepare(pointer, _at(x), _int(num_rows), _int(width), _at(stored), _at(sums_MG))
+    scratch = torch.empty(num_rows * (width + num_groups), dtype=torch.float32)
+    out_MN = torch.empty((num_rows, num_n), dtype=torch.float32)
+    address, stored, out = ctypes.addressof(matrix), scratch.data_ptr(), out_MN.data_ptr()
+    sums = stored + FLOAT_NBYTES * num_rows * width
+    library.llmmpq_prepare(address, x.data_ptr(), num_rows, width, stored, sums)
 
     def part(first: int, last: int) -> None:
         for row in range(0, num_rows, ROWS_AT_ONCE):
-            count = min(ROWS_AT_ONCE, num_rows - row)
             library.llmmpq_multiply(
-                pointer,
-                _at(stored, row * width),
-                _int(count),
-                _int(width),
-                _at(sums_MG, row * num_groups),
-                _at(out_MN, row * num_n),
-                _int(first),
-                _int(last),
+                address,
+                stored + FLOAT_NBYTES * row * width,
+                min(ROWS_AT_ONCE, num_rows - row),
+                width,
+                sums + FLOAT_NBYTES * row * num_groups,
+                out + FLOAT_NBYTES * row * num_n,
+                first,
+                last,
             )
 
     _share_rows(part, num_n, weights=num_n * width)
@@ -127,9 +130,10 @@ def _multiply_blocks(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, o
 
 
 def _dequantize_rows(library: ctypes.CDLL, matrix: Matrix, weights_NK: torch.Tensor, start: int) -> None:
+    address, out, num_k = ctypes.addressof(matrix), weights_NK.data_ptr(), weights_NK.shape[1]
+
     def part(first: int, last: int) -> None:
-        to = _at(weights_NK, first * weights_NK.shape[1])
-        library.llmmpq_dequantize(ctypes.byref(matrix), to, _int(start + first), _int(start + last))
+        library.llmmpq_dequantize(address, out + FLOAT_NBYTES * first * num_k, start + first, start + last)
 
     _share_rows(part, weights_NK.shape[0], weights=weights_NK.numel())
 
@@ -137,8 +141,11 @@ def _dequantize_rows(library: ctypes.CDLL, matrix: Matrix, weights_NK: torch.Ten
 def _share_rows(part: Callable[[int, int], None], num_rows: int, *, weights: int) -> None:
     """`part(first, last)` for all rows, in as many threads as pay: ctypes lets go of the interpreter's lock."""
     num_parts = min(torch.get_num_threads(), num_rows, 1 + weights // THREAD_WEIGHTS)
+    if num_parts == 1:
+        part(0, num_rows)
+        return
     cuts = [num_rows * index // num_parts for index in range(num_parts + 1)]
-    others = [_pool(num_parts).submit(part, cuts[i], cuts[i + 1]) for i in range(1, num_parts)] if num_parts > 1 else []
+    others = [_pool(num_parts).submit(part, cuts[index], cuts[index + 1]) for index in range(1, num_parts)]
     part(cuts[0], cuts[1])
     for other in others:
         other.result()
@@ -147,11 +154,3 @@ def _share_rows(part: Callable[[int, int], None], num_rows: int, *, weights: int
 @functools.cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="llmmpq")
-
-
-def _at(tensor: torch.Tensor, offset: int = 0) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr() + offset * tensor.element_size())
-
-
-def _int(number: int) -> ctypes.c_int64:
-    return ctypes.c_int64(number)

@@ -38,7 +38,7 @@ class GemmConfig:
     num_stages: int
 
 
-UNSPECIALIZED = ["num_m", "num_groups", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits"]
+UNSPECIALIZED = ["num_m", "num_groups", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits", "split"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -62,13 +62,13 @@ def gemm_kernel(
     chunks2,
     chunks3,
     one_bits,
+    split,
     WIDTHS: tl.constexpr,
     ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MIXED: tl.constexpr,
@@ -93,7 +93,7 @@ def gemm_kernel(
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
         num_chunks = units * ALIGN
         num_blocks = tl.cdiv(num_chunks, BLOCK_C)
-        for block in range((tl.program_id(1) + SPLIT - first_block % SPLIT) % SPLIT, num_blocks, SPLIT):
+        for block in range((tl.program_id(1) + split - first_block % split) % split, num_blocks, split):
             chunk = block * BLOCK_C
             weights_NK = dequantize_tile(
                 row_N,
@@ -242,11 +242,11 @@ def multiply(x_MK: torch.Tensor, operands: Operands, config: GemmConfig) -> torc
         x_MK.stride(0),
         *operands.extents,
         ONE_BITS,
+        config.split,
         **operands.constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        SPLIT=config.split,
         HAS_BIAS=bias is not None,
         IN_FLOAT32=not isinstance(gemm_kernel, triton.JITFunction),
         num_warps=config.num_warps,

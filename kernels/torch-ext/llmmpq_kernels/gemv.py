@@ -8,8 +8,8 @@ the lane that holds it; lanes meet once, after the last chunk. The zero and the 
 for each chunk, by the sums of its activations.
 
 Matrices with runs of several widths are walked through run by run; `order` names the columns of a stored group, so
-activations are gathered a group at a time. Blocks of chunks are dealt out to the SPLIT programs of a row block in
-turn, over all runs, so that all are equally long. Their sums go to a buffer [SPLIT, M, N] and are added by a second
+activations are gathered a group at a time. Blocks of chunks are dealt out to the `split` programs of a row block in
+turn, over all runs, so that all are equally long. Their sums go to a buffer [S, M, N] and are added by a second
 kernel in a fixed order: equal inputs give equal bits.
 
 Rejected: float atomics (their order is not fixed), tensor cores (a warp would have to exchange every word), a row of
@@ -59,6 +59,7 @@ def _add_run(
     num_groups,
     stride_x,
     one_bits,
+    split,
     first_word,
     first_group,
     first_zero,
@@ -69,7 +70,6 @@ def _add_run(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     MIXED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
@@ -77,7 +77,7 @@ def _add_run(
     PER_GROUP: tl.constexpr = GROUP // 32
     PLANE: tl.constexpr = 2 if BITS == 3 else BITS
     num_blocks = tl.cdiv(num_chunks, BLOCK_C)
-    for block in range((tl.program_id(1) + SPLIT - first_block % SPLIT) % SPLIT, num_blocks, SPLIT):
+    for block in range((tl.program_id(1) + split - first_block % split) % split, num_blocks, split):
         chunk = block * BLOCK_C
         words = load_words(row_N, first_word, chunk, num_chunks, PLANE, BLOCK_C)
         fields_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C)
@@ -115,7 +115,7 @@ def _add_run(
     return acc_MNC
 
 
-@triton.jit(do_not_specialize=["num_m", "num_groups", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits"])
+@triton.jit(do_not_specialize=["num_m", "num_groups", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits", "split"])
 def gemv_kernel(
     x_ptr,
     words_ptr,
@@ -136,13 +136,13 @@ def gemv_kernel(
     chunks2,
     chunks3,
     one_bits,
+    split,
     WIDTHS: tl.constexpr,
     ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MIXED: tl.constexpr,
@@ -177,6 +177,7 @@ def gemv_kernel(
             num_groups,
             stride_x,
             one_bits,
+            split,
             first_word,
             first_group,
             first_zero,
@@ -187,7 +188,6 @@ def gemv_kernel(
             M,
             BLOCK_N,
             BLOCK_C,
-            SPLIT,
             HAS_ZEROS,
             MIXED,
             EIGHT_BIT,
@@ -207,14 +207,14 @@ def gemv_kernel(
     tl.store(out_ptr + places, out_MN.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def add_splits_kernel(
     partial_ptr,
     bias_ptr,
     out_ptr,
     num_n,
     plane,
-    SPLIT: tl.constexpr,
+    split,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -222,8 +222,8 @@ def add_splits_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < plane
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT):
-        total += tl.load(partial_ptr + split * plane.to(tl.int64) + place, mask=inside, other=0.0)
+    for part in range(split):
+        total += tl.load(partial_ptr + part * plane.to(tl.int64) + place, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + place % num_n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -250,11 +250,11 @@ def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torc
         x_MK.stride(0),
         *operands.extents,
         ONE_BITS,
+        config.split,
         **operands.constants,
         M=triton.next_power_of_2(num_rows),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        SPLIT=config.split,
         HAS_BIAS=bias is not None,
         num_warps=config.num_warps,
     )
@@ -272,7 +272,7 @@ def add_splits(partial_SMN: torch.Tensor, bias_N: torch.Tensor | None, out_MN: t
         out_MN,
         out_MN.shape[1],
         plane,
-        SPLIT=partial_SMN.shape[0],
+        partial_SMN.shape[0],
         BLOCK=block,
         HAS_BIAS=bias_N is not None,
     )

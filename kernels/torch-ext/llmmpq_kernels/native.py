@@ -23,7 +23,7 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-# Contraction makes one instruction of a product and a sum; dequantizing has a difference and a product, and stays exact.
+# Contraction makes one instruction of a product and a sum. Dequantizing is a difference and a product, and stays exact.
 # No function of ours hands vectors to another, so how they would be passed (psabi) is no matter.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -46,12 +46,25 @@ def load() -> Library:
     if command is None:
         return Library(None, f"no C compiler: none of {', '.join(COMPILERS)} is installed, and $CC is not set")
     try:
-        return Library(ctypes.CDLL(str(_build(command))), None)
+        return Library(_open(_build(command)), None)
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no message"])[0]
         return Library(None, f"{command[0]} could not compile it: {reason}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Library(None, f"{command[0]} could not compile it: {error}")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    signatures = {
+        "llmmpq_prepare": (pointer, pointer, number, number, pointer, pointer),
+        "llmmpq_multiply": (pointer, pointer, number, number, pointer, pointer, number, number),
+        "llmmpq_dequantize": (pointer, pointer, number, number),
+    }
+    for name, arguments in signatures.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
+    return library
 
 
 def _compiler() -> list[str] | None:
@@ -63,7 +76,9 @@ def _compiler() -> list[str] | None:
 
 def _build(command: list[str]) -> Path:
     source = (files(__package__) / "cpu.c").read_text(encoding="utf-8")
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    version = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
+    ).stdout
     made_of = "\0".join([source, version, *command, *FLAGS, platform.machine(), _processor()])
     name = f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"llmmpq-{os.getuid()}"):
@@ -101,4 +116,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")}))
+    return "\n".join(
+        sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")})
+    )

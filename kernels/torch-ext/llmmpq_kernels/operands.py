@@ -6,6 +6,7 @@ be whole chunks, so that a chunk has one scale.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,14 +34,14 @@ class Operands:
     group_size: int
     shape: tuple[int, int]
 
-    @property
+    @functools.cached_property
     def chunks(self) -> tuple[int, ...]:
         """Chunks of each run. A mixed matrix stores every group in full, a uniform one ends with its last column."""
         if len(self.runs) == 1:
             return (-(-self.shape[1] // CODES_PER_CHUNK),)
         return tuple(groups * self.group_size // CODES_PER_CHUNK for _, groups in self.runs)
 
-    @property
+    @functools.cached_property
     def alignment(self) -> int:
         """The largest of 4, 2 and 1 that divides every run's chunks, and with them the words of a row."""
         return math.gcd(WORDS_PER_LOAD, *self.chunks)
@@ -51,14 +52,14 @@ class Operands:
         others = (self.scale_base, self.zeros, self.order)
         return (self.words, self.scales, *(self.words if tensor is None else tensor for tensor in others))
 
-    @property
+    @functools.cached_property
     def extents(self) -> tuple[int, ...]:
         """The words of a row and the chunks of four runs, in units of `alignment`."""
         align = self.alignment
         chunks = [count // align for count in self.chunks]
         return (self.words.shape[1] // align, *chunks, *[0] * (MOST_RUNS - len(chunks)))
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
         return {
@@ -74,7 +75,9 @@ class Operands:
 def refusal(runs: Runs, group_size: int) -> str | None:
     """Why no Triton kernel takes such a matrix; None where one does."""
     if group_size % CODES_PER_CHUNK:
-        return f"groups of {group_size} are not a multiple of {CODES_PER_CHUNK}, the codes that a kernel unpacks at once"
+        return (
+            f"groups of {group_size} are not a multiple of {CODES_PER_CHUNK}, the codes that a kernel unpacks at once"
+        )
     if len(runs) > MOST_RUNS:
         return f"{len(runs)} runs of widths, at most {MOST_RUNS}"
     return None

@@ -1,4 +1,4 @@
-"""What both matrix kernels do with a tile of words, in registers: codes to floats, and the scales and zeros beside them.
+"""What the kernels do with a tile of words, in registers: codes to floats, and the scales and zeros beside them.
 
 A word is 32 bits of codes that begin at bit 0 (`layout.py`). Integer-to-float conversion runs at a sixteenth of the
 rate of a multiplication on NVIDIA chips, so no code is ever converted. A float32 whose mantissa is all zero but for a
