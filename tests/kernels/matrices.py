@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 
 import torch
+from hypothesis import strategies as st
 
 from llmmpq_kernels import dequantize, nearest_scale_codes, pack, pack_runs, pack_zeros
 from llmmpq_kernels.operands import Operands
 
+MIXES = [(2,), (3,), (4,), (8,), (2, 3), (3, 8), (2, 4, 8), (2, 3, 4, 8)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -101,3 +103,22 @@ def relative_error(y_MN: torch.Tensor, x_MK: torch.Tensor, operands: Operands) -
         wanted_MN += operands.bias.double()
     length_M = torch.maximum(wanted_MN.norm(dim=1), squares_MN.sum(dim=1).sqrt())
     return float(((y_MN.double() - wanted_MN).norm(dim=1) / length_M).max())
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Shapes that fill no block, groups that may be longer than the matrix is wide."""
+    num_k, group_size = draw(st.integers(1, 500)), draw(st.sampled_from([32, 64, 96, 128, 256]))
+    num_groups = -(-num_k // group_size)
+    widths = draw(st.lists(st.sampled_from([2, 3, 4, 8]), min_size=1, max_size=min(4, num_groups), unique=True))
+    return Case(
+        rows=draw(st.integers(1, 16)),
+        shape=(draw(st.integers(1, 70)), num_k),
+        widths=tuple(sorted(widths)),
+        group_size=group_size,
+        dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
+        eight_bit=draw(st.booleans()),
+        symmetric=draw(st.booleans()),
+        has_bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from llmmpq_kernels import cpu, native
-from tests.kernels.matrices import Case, relative_error, weights_of
-from tests.kernels.test_products import MIXES, cases
+from tests.kernels.matrices import MIXES, Case, cases, relative_error, weights_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="matrices of these tests are on the GPU")
 needs_a_compiler = pytest.mark.skipif(native.load().problem is not None, reason=str(native.load().problem))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmmpq_kernels import gemm, gemv
-from tests.kernels.matrices import Case, relative_error, weights_of
+from tests.kernels.matrices import MIXES, Case, cases, relative_error, weights_of
 
 # Of 16-bit outputs, and of weights rounded to 16 bits before the product: a few units in the last place of one.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
@@ -19,7 +19,6 @@ GEMV = gemv.GemvConfig(block_n=32, block_c=16, split=1, num_warps=4)
 GEMV_SPLIT = gemv.GemvConfig(block_n=32, block_c=8, split=3, num_warps=4)
 GEMM = gemm.GemmConfig(block_m=16, block_n=32, block_c=16, split=1, num_warps=4, num_stages=2)
 GEMM_SPLIT = gemm.GemmConfig(block_m=16, block_n=32, block_c=8, split=3, num_warps=4, num_stages=2)
-MIXES = [(2,), (3,), (4,), (8,), (2, 3), (3, 8), (2, 4, 8), (2, 3, 4, 8)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,24 +63,6 @@ def test_multiplying_by_the_dequantized_matrix():
     operands, x = case.operands(), case.x()
     y = gemm.multiply_dequantized(x, operands)
     assert relative_error(y, x, operands) < TOLERANCE[torch.bfloat16]
-
-
-@st.composite
-def cases(draw) -> Case:
-    num_k, group_size = draw(st.integers(1, 500)), draw(st.sampled_from([32, 64, 96, 128, 256]))
-    num_groups = -(-num_k // group_size)
-    widths = draw(st.lists(st.sampled_from([2, 3, 4, 8]), min_size=1, max_size=min(4, num_groups), unique=True))
-    return Case(
-        rows=draw(st.integers(1, 16)),
-        shape=(draw(st.integers(1, 70)), num_k),
-        widths=tuple(sorted(widths)),
-        group_size=group_size,
-        dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
-        eight_bit=draw(st.booleans()),
-        symmetric=draw(st.booleans()),
-        has_bias=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**16)),
-    )
 
 
 @settings(max_examples=15, deadline=None)

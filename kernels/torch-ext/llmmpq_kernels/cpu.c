@@ -111,8 +111,12 @@ void llmmpq_prepare(const struct matrix *m, const float *x, int64_t num_x, int64
                 int64_t column = column_of(m, place, chunk), count = m->columns - column;
                 float sum = 0;
                 count = count < 0 ? 0 : count > CHUNK ? CHUNK : count;
-                memset(to, 0, sizeof(float) * CHUNK);
-                memcpy(to, x + i * m->columns + column, sizeof(float) * count);
+                if (count == CHUNK) {
+                    memcpy(to, x + i * m->columns + column, sizeof(float) * CHUNK);
+                } else {
+                    memset(to, 0, sizeof(float) * CHUNK);
+                    memcpy(to, x + i * m->columns + column, sizeof(float) * count);
+                }
                 for (int k = 0; k < CHUNK; k++)
                     sum += to[k];
                 sums[i * m->groups + place + chunk / per_group] += sum;
@@ -199,8 +203,10 @@ static INLINE void dequantize_run(const struct matrix *m, int64_t row, const uin
         int64_t column = column_of(m, place, chunk), count = m->columns - column;
         for (int half = 0; half < 2; half++, column += LANES, count -= LANES) {
             floats weights = (half_chunk(line + chunk * low_words, top + chunk, bits, half) - zero) * scale;
-            if (count > 0)
-                memcpy(out + column, &weights, sizeof(float) * (count < LANES ? count : LANES));
+            if (count >= LANES) /* of a length that the compiler knows: one store, not a call */
+                memcpy(out + column, &weights, sizeof weights);
+            else if (count > 0)
+                memcpy(out + column, &weights, sizeof(float) * count);
         }
     }
 }

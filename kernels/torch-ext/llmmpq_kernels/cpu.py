@@ -25,7 +25,7 @@ from .runs import Runs
 FLOAT_NBYTES = 4
 ROWS_AT_ONCE = 4  # of `cpu.c`
 # Up to here each four rows unpack the matrix anew; from there on making it float32 once costs less.
-MOST_ROWS = 32
+MOST_ROWS = 16
 # Fewer weights than this are done before another thread has woken up.
 THREAD_WEIGHTS = 1 << 20
 
