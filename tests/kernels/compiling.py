@@ -102,18 +102,17 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
             code = compile_kernel(kernel, pointers, known, options=options, capability=capability, folder=folder)
             found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_loads": wanted_loads}
 
-    for widths in ((2,), (3,), (4,), (8,), (2, 3, 4, 8)):
+    for widths, num_rows in (((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), ((2, 3, 4, 8), 1), ((3,), 2)):
         runs = tuple((bits, 1) for bits in widths)
-        entry = tuning._first_fitting(launch.gemv, 1, runs)
-        constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "M": 1, "EIGHT_BIT": len(widths) > 1}
+        entry = tuning._first_fitting(launch.gemv, num_rows, runs)
+        constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "M": num_rows, "EIGHT_BIT": len(widths) > 1}
         constants |= {"BLOCK_N": entry["block_n"], "BLOCK_C": entry["block_c"]}
-        # 4 bits: a chunk is one such load, and each lane holds one chunk of each of its rows. One plane in 3 bits is
-        # half a load for each chunk, so its lanes hold two chunks.
-        rows = entry["block_n"] // entry["num_warps"]
-        wanted = sum(max(1, rows * bits // 4) for bits in widths)
-        name = f"gemv {','.join(map(str, widths))}"
+        # All words of a block, shared by its threads, 16 bytes at a time.
+        block = entry["block_n"] * entry["block_c"]
+        wanted = sum(4 * block * bits // (16 * 32 * entry["num_warps"]) for bits in widths)
+        name = f"gemv {','.join(map(str, widths))} x{num_rows}"
         add(name, gemv.gemv_kernel, constants, {"num_warps": entry["num_warps"]}, wanted)
-    for rows in (16, 64, 512):
+    for rows in (16, 512):
         entry = tuning._first_fitting(launch.gemm, rows, ((4, 1),))
         constants = PLAIN | {"WIDTHS": (4,), "MIXED": False, "IN_FLOAT32": False}
         constants |= {key.upper(): entry[key] for key in ("block_m", "block_n", "block_c")}

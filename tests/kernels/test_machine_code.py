@@ -31,8 +31,12 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 
 # Written out: what is compiled in the other process is no list this one can ask for.
 NAMES = [
-    *(f"gemv {widths} sm_{capability}" for widths in ("2", "3", "4", "8", "2,3,4,8") for capability in (80, 90)),
-    *(f"gemm {rows} rows sm_{capability}" for rows in (16, 64, 512) for capability in (80, 90)),
+    *(
+        f"gemv {widths} sm_{cap}"
+        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2")
+        for cap in (80, 90)
+    ),
+    *(f"gemm {rows} rows sm_{cap}" for rows in (16, 512) for cap in (80, 90)),
     "dequantized 3 sm_80",
     "dequantized 3 sm_90",
     "add_splits sm_80",

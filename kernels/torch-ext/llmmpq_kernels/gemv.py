@@ -81,6 +81,9 @@ def _add_run(
         chunk = block * BLOCK_C
         words = load_words(row_N, first_word, chunk, num_chunks, PLANE, BLOCK_C)
         fields_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C)
+        if BITS == 3:
+            words = load_words(row_N, first_word + 2 * num_chunks, chunk, num_chunks, 1, BLOCK_C)
+            fields_NCL += split_fields(words, one_bits, 1, 2, BLOCK_N, BLOCK_C)
 
         # Activations [M * C, 32], in the order of the words.
         mc = tl.arange(0, M * BLOCK_C)
@@ -95,10 +98,6 @@ def _add_run(
         offsets_MC = tl.reshape(tl.sum(x * offset_L[None, :], 1), (M, BLOCK_C))
         x_MCL = tl.reshape(x, (M, BLOCK_C, 32))[:, None, :, :]
         dots_MNC = tl.sum(tl.reshape(fields_NCL, (1, BLOCK_N, BLOCK_C, 32)) * x_MCL, 3)
-        if BITS == 3:
-            words = load_words(row_N, first_word + 2 * num_chunks, chunk, num_chunks, 1, BLOCK_C)
-            fields_NCL = split_fields(words, one_bits, 1, 2, BLOCK_N, BLOCK_C)
-            dots_MNC += tl.sum(tl.reshape(fields_NCL, (1, BLOCK_N, BLOCK_C, 32)) * x_MCL, 3)
 
         chunk_C = (chunk + tl.arange(0, BLOCK_C))[None, :]
         group_C = chunk_C // PER_GROUP

@@ -48,7 +48,9 @@ def split_fields(words, one_bits, BITS: tl.constexpr, LIFT: tl.constexpr, ROWS: 
     mask = (((1 << BITS) - 1) << (15 + place)).to(tl.uint32)[None, None, :]
     exponent = (one_bits + ((8 - place + LIFT) << 23)).to(tl.uint32)[None, None, :]
     # A reshape, not `[:, :, None]`: Triton carries the layout of the load through it, so words stay in their registers.
-    words = tl.reshape(words.to(tl.uint32, bitcast=True), (ROWS, CHUNKS * BITS, 1))
+    # The top plane of 3 bits is the exception: it has to follow the layout of the plane below, to which it is added.
+    words = words.to(tl.uint32, bitcast=True)
+    words = words[:, :, None] if BITS == 1 else tl.reshape(words, (ROWS, CHUNKS * BITS, 1))
     fields = (((words << left) >> right) & mask) | exponent
     return tl.reshape(fields.to(tl.float32, bitcast=True), (ROWS, CHUNKS, 32))
 
