@@ -24,13 +24,14 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from llmmpq import __version__, tables
+from llmmpq import __version__, speed_tables, tables
 from llmmpq.errors import LlmmpqError, RecipeError
 from llmmpq.flags import (
     DECIDED_BY_A_PLAN,
     RECIPE_FLAGS,
     BaselineOption,
     BaseModelOption,
+    BatchesOption,
     BatchSizeOption,
     BranchOption,
     CacheOption,
@@ -57,6 +58,7 @@ from llmmpq.flags import (
     PlanSizesOption,
     PlanVramOption,
     PrivateOption,
+    PromptLengthOption,
     PromptOption,
     QuietOption,
     RecipeOption,
@@ -65,12 +67,14 @@ from llmmpq.flags import (
     ResultsFileOption,
     ResultsOption,
     RunnableArgument,
+    RuntimeOption,
     SamplingSeedOption,
     StrideOption,
     TasksOption,
     TemperatureOption,
     TextOption,
     WorkOption,
+    WrittenOption,
 )
 from llmmpq.progress import Progress, Silent, Terminal
 from llmmpq.ranks import ALONE, Ranks, join, launched
@@ -289,11 +293,13 @@ def plan(
 
 
 @app.command()
-def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
+def inspect(folder: FolderArgument, runtime: RuntimeOption = False, as_json: JsonOption = False) -> None:
     """Show what a quantized folder holds, and check that it is what was written. Exit code 2 if not."""
     with _pipeline(quiet=True) as (pipeline, _):
-        result = pipeline.inspect(Path(folder))
+        result = pipeline.inspect(Path(folder), runtime=runtime)
     _show(tables.show_inspected, result, as_json=as_json)
+    if runtime and not as_json:
+        _show(speed_tables.show_runtime, result["runtime"], as_json=False)
     if result["problems"]:
         raise typer.Exit(EXIT_MISTAKE)
 
@@ -353,6 +359,26 @@ def evaluate(
         else:
             result = pipeline.run_tasks(model, tasks.split(","), progress=progress, **given)
     _show(tables.show_evaluated if tasks is None else tables.show_tasks, result, as_json=as_json)
+
+
+@app.command()
+def bench(
+    model: RunnableArgument,
+    batch: BatchesOption = "1,8",
+    prompt: PromptLengthOption = 512,
+    new: WrittenOption = 128,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a model reads and writes, beside itself dequantized: speed, memory, bandwidth."""
+    run = {"device": device, "dtype": dtype}
+    Recipe().override({f"run.{key}": value for key, value in run.items()})
+    batches = read_numbers(batch, int, flag="--batch", example="1,8")
+    with _pipeline(quiet=quiet) as (pipeline, progress):
+        result = pipeline.bench(model, batches=batches, prompt=prompt, new=new, progress=progress, **run)
+    _show(speed_tables.show_bench, result, as_json=as_json)
 
 
 @app.command()

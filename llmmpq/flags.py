@@ -342,6 +342,14 @@ ResultsFileOption = Annotated[
         help="Figures that `llmmpq eval --json` printed; else eval.json of the folder, if there.",
     ),
 ]
+RuntimeOption = Annotated[
+    bool, typer.Option("--runtime", help="Also which kernel would run each matrix on this machine, and why not others.")
+]
+BatchesOption = Annotated[
+    str, typer.Option("--batch", metavar="<1,8>", help="Sequences at once: one number, or several.")
+]
+PromptLengthOption = Annotated[int, typer.Option("--prompt", min=1, help="Tokens of each prompt.")]
+WrittenOption = Annotated[int, typer.Option("--new", min=1, help="Tokens to write after it.")]
 RepoArgument = Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False, help="A repository of the Hub.")]
 BranchOption = Annotated[
     str | None,

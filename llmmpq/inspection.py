@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from llmmpq.errors import CheckpointError
@@ -20,6 +21,7 @@ from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import locate_linears
 from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_FILE, read_object, read_plan, verify_digests
 from llmmpq.records import Plan, PlannedLinear
+from llmmpq.runtime.choice import explain
 from llmmpq.runtime.contents import checked_names, content_problems
 from llmmpq.scheme import DTYPE_NBYTES
 
@@ -139,6 +141,30 @@ def _content_problems(checkpoint: Checkpoint, name: str, linear: PlannedLinear) 
         return [str(error)]
     found = content_problems({key: stored[f"{name}.{key}"] for key in keys}, linear.scheme, linear.shape)
     return [f"{name}: {problem}" for problem in found]
+
+
+PROMPT_ROWS = 512  # of a usual prompt; a step of decoding has one
+
+
+def explain_runtime(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """For every packed matrix which kernel would run here, in decoding and on a prompt, and why not the others."""
+    return {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "linears": [
+            {
+                "name": name,
+                "candidates": {
+                    str(num_rows): [
+                        candidate._asdict()
+                        for candidate in explain(device, dtype, linear.shape, linear.scheme, num_rows=num_rows)
+                    ]
+                    for num_rows in (1, PROMPT_ROWS)
+                },
+            }
+            for name, linear in plan.linears.items()
+        ],
+    }
 
 
 def _report_of_saved_again(*, verified: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llmmpq.bench import bench
 from llmmpq.budgets import budget_of
 from llmmpq.choosing import choose_plan, measured
 from llmmpq.curve import NO_PICTURE, PICTURE_FILE, curve_budgets, curve_of, frontier, write_curve
@@ -23,7 +24,7 @@ from llmmpq.errors import CheckpointError, HubError, LlmmpqError, RecipeError
 from llmmpq.execute import fallbacks
 from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model, run_tasks
-from llmmpq.inspection import inspect_folder
+from llmmpq.inspection import explain_runtime, inspect_folder, plan_of
 from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
@@ -32,14 +33,16 @@ from llmmpq.progress import Once, Progress, Silent
 from llmmpq.publishing import push_folder
 from llmmpq.quantizing import quantize_blocks, quantize_stage
 from llmmpq.ranks import ALONE, Ranks
+from llmmpq.reading import read_config
 from llmmpq.recipe import Budget, Recipe
 from llmmpq.records import EDITED, Plan
 from llmmpq.report.page import write_page
-from llmmpq.session import Session, open_session
+from llmmpq.session import Session, open_session, pick_device
 from llmmpq.workdir import Stage
 
 __all__ = [
     "Destination",
+    "bench",
     "check",
     "evaluate",
     "generate",
@@ -219,9 +222,16 @@ def check(
     return preflight(session, unmeasured_problem(session), out=out, work_dir=work_dir, overwrite=overwrite)
 
 
-def inspect(folder: Path) -> dict[str, Any]:
-    """What a quantized folder holds, and whether it is still what was written."""
-    return inspect_folder(folder)
+def inspect(folder: Path, *, runtime: bool = False) -> dict[str, Any]:
+    """What a quantized folder holds, whether it is still what was written, and if asked what would run it here."""
+    found = inspect_folder(folder)
+    plan = plan_of(folder) if runtime else None
+    if plan is not None:
+        device = pick_device("auto")
+        stored = read_config(folder).get_text_config().dtype
+        dtype = stored if device.type == "cuda" and isinstance(stored, torch.dtype) else torch.float32
+        found["runtime"] = explain_runtime(plan, device=device, dtype=dtype)
+    return found
 
 
 def write_report(

@@ -1,4 +1,7 @@
-"""Fixes threads and network use before anything imports torch or huggingface_hub; skips `gpu` tests without a GPU."""
+"""Fixes threads, network use and Triton's interpreter before anything imports their libraries.
+
+Skips `gpu` tests without a GPU.
+"""
 
 import os
 import signal
@@ -12,6 +15,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by whichever test that is
 
 import pytest
 

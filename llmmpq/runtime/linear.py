@@ -16,6 +16,7 @@ from llmmpq.errors import CheckpointError
 from llmmpq.records import PackedTensor, Scheme
 from llmmpq.runtime import ops
 from llmmpq_kernels import reference
+from llmmpq_kernels.operands import Operands
 
 STORED = ("words", "scales", "zeros", "order", "scale_base")
 
@@ -77,6 +78,9 @@ class PackedLinear(nn.Module):
         return (self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor
+        if not is_traced and not (x.requires_grad and torch.is_grad_enabled()):
+            return ops.multiply(x, self._operands())
         return ops.packed_linear(
             x,
             words=self.words,
@@ -88,6 +92,24 @@ class PackedLinear(nn.Module):
             shape=self.shape,
             scheme=self.scheme,
         )
+
+    def _operands(self) -> Operands:
+        """The parameters as kernels take them, put together again when one was replaced (not: changed in place)."""
+        held, known = self._parameters, self.__dict__.get("_known_operands")
+        if known is None or any(getattr(known, name) is not held[name] for name in (*STORED, "bias")):
+            known = Operands(
+                words=self.words,
+                scales=self.scales,
+                zeros=self.zeros,
+                order=self.order,
+                scale_base=self.scale_base,
+                bias=self.bias,
+                runs=self.scheme.widths(self.shape),
+                group_size=self.scheme.group_size,
+                shape=self.shape,
+            )
+            self.__dict__["_known_operands"] = known
+        return known
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out_features, in_features] that the packed tensors stand for."""

@@ -1,61 +1,25 @@
 """`llmmpq::packed_linear`: a matrix product with a packed matrix, as one torch operator.
 
-`explain` is where the backend is chosen, and says why each one was or was not taken. The operator is opaque to
-`torch.compile` (its fake implementation gives the shape), so a compiled model holds one call for each linear.
+`choice.explain` says which backend runs and why. The operator is opaque to `torch.compile` (its fake implementation
+gives the shape), so a compiled model holds one call for each linear. It reads nothing from a device, so it can be
+captured in a CUDA graph, once it has run: a kernel is compiled by its first call.
 
 Rejected: letting the compiler trace the torch reference. It would fuse the unpacking, but the graph of a 32-layer
 model grows by thousands of nodes, and a kernel could not be swapped in at run time.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
 from llmmpq.errors import KernelUnavailableError
-from llmmpq.scheme import Runs, Scheme
+from llmmpq.runtime.choice import CPU, REFERENCE, Candidate, choose, explain, give_up_on
+from llmmpq.scheme import Scheme
 from llmmpq_kernels import reference
+from llmmpq_kernels.operands import Operands
 
-
-class Candidate(NamedTuple):
-    """One backend, whether it can do the job, and why."""
-
-    backend: str
-    accepted: bool
-    reason: str
-
-
-def explain(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], scheme: Scheme) -> list[Candidate]:
-    """Every backend for activations of this dtype and a matrix of this shape, best first; the first accepted runs."""
-    return [_consider_reference(dtype)]
-
-
-def _consider_reference(dtype: torch.dtype) -> Candidate:
-    if not dtype.is_floating_point:
-        return Candidate("reference", False, f"activations are {dtype}, not floating point")
-    return Candidate("reference", True, "plain torch, runs on any device; dequantizes the whole matrix for each call")
-
-
-@functools.lru_cache(maxsize=1024)
-def _scheme_of(runs: Runs, group_size: int, *, symmetric: bool, scale_dtype: str) -> Scheme:
-    if len(runs) == 1:
-        return Scheme(bits=runs[0][0], group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    return Scheme(bits=None, runs=runs, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _choose(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], scheme: Scheme) -> str:
-    candidates = explain(device, dtype, shape, scheme)
-    for candidate in candidates:
-        if candidate.accepted:
-            return candidate.backend
-    reasons = "; ".join(f"{candidate.backend}: {candidate.reason}" for candidate in candidates)
-    bits = scheme.to_json()["bits"]
-    raise KernelUnavailableError(f"no backend runs a {bits}-bit matrix of shape {shape} on {device} ({reasons})")
-
-
-_BACKENDS = {"reference": reference.packed_linear}
+__all__ = ["Candidate", "explain", "multiply", "packed_linear"]
 
 
 @torch.library.custom_op("llmmpq::packed_linear", mutates_args=())
@@ -71,11 +35,61 @@ def _packed_linear(
     group_size: int,
 ) -> torch.Tensor:
     """`runs` are the pairs of `Scheme.widths` in one row: an operator takes no nested lists."""
-    pairs = tuple(zip(runs[::2], runs[1::2], strict=True))
-    scale_dtype = "float16" if scale_base is None else "float8"
-    scheme = _scheme_of(pairs, group_size, symmetric=zeros is None, scale_dtype=scale_dtype)
-    backend = _BACKENDS[_choose(x.device, x.dtype, (words.shape[0], x.shape[-1]), scheme)]
-    return backend(x, words, scales, zeros, bias, order=order, scale_base=scale_base, runs=pairs, group_size=group_size)
+    operands = Operands(
+        words=words,
+        scales=scales,
+        zeros=zeros,
+        order=order,
+        scale_base=scale_base,
+        bias=bias,
+        runs=tuple(zip(runs[::2], runs[1::2], strict=True)),
+        group_size=group_size,
+        shape=(words.shape[0], x.shape[-1]),
+    )
+    return multiply(x, operands)
+
+
+def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
+    """`x @ weight.T + bias` past the operator, whose way through torch takes as long as a small product.
+
+    For callers whom nobody traces, and who ask for no gradient.
+    """
+    shape, runs, group_size = operands.shape, operands.runs, operands.group_size
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"input has {x.shape[-1]} features, the packed matrix of shape {shape} takes {shape[1]}")
+    num_rows = x.numel() // shape[1]
+    if num_rows == 0:
+        return x.new_empty((*x.shape[:-1], shape[0]))
+    # Rounded up to a power of two: lengths of prompts are many, classes of them few.
+    backend = choose(x.device, x.dtype, shape, runs, group_size, 1 << (num_rows - 1).bit_length())
+    if backend != REFERENCE:
+        try:
+            return _run_kernel(backend, x.reshape(num_rows, shape[1]), operands).view(*x.shape[:-1], shape[0])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver raises: the model still runs, slowly, and says so
+            give_up_on(backend, x.device, runs, group_size, error)
+    return reference.packed_linear(
+        x,
+        operands.words,
+        operands.scales,
+        operands.zeros,
+        operands.bias,
+        order=operands.order,
+        scale_base=operands.scale_base,
+        runs=runs,
+        group_size=group_size,
+    )
+
+
+def _run_kernel(backend: str, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
+    if backend == CPU:
+        from llmmpq_kernels import cpu
+
+        return cpu.multiply(x_MK, operands)
+    from llmmpq_kernels import tuning
+
+    return tuning.multiply(backend, x_MK if x_MK.stride(1) == 1 else x_MK.contiguous(), operands)
 
 
 @_packed_linear.register_fake

@@ -18,10 +18,11 @@ FLAGS = {
     "quantize": f"{SHARED} --bits --overwrite --plan --push-to-hub --private",
     "check": f"{SHARED} --bits --overwrite",
     "plan": f"{SHARED} --pareto",
-    "inspect": "--json",
+    "inspect": "--runtime --json",
     "report": "--out --pareto --results --json",
     "eval": """--baseline --text --window --stride --tokens --kl-tokens --cache-dir --tasks --limit --num-fewshot
 --batch-size --include-path --out --device --dtype --quiet --json""",
+    "bench": "--batch --prompt --new --device --dtype --quiet --json",
     "generate": "--prompt --max-new-tokens --temperature --seed --device --dtype --json",
     "push": "--private --revision --overwrite --results --base-model --message --quiet --json",
 }
@@ -36,6 +37,7 @@ def test_the_verbs_are_exactly_these_in_this_order():
         "inspect",
         "report",
         "eval",
+        "bench",
         "generate",
         "push",
     ]

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"llmmpq": "llmmpq", "recipes": "llmmpq/recipes", "kernels/torch-ext/llmmpq_kernels": "llmmpq_kernels"}
-SHIPPED = {".py", ".yaml", ".json", ".txt", ".safetensors", ".typed", ".html", ".css"}
+SHIPPED = {".py", ".yaml", ".json", ".txt", ".safetensors", ".typed", ".html", ".css", ".c"}
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,29 @@ CURVE = {
     "notes": ["no picture"],
 }
 
+BENCHED = {
+    "model": "folder",
+    "device": "cpu",
+    "threads": 2,
+    "torch": "2.13.0",
+    "prompt": 64,
+    "new": 16,
+    "copy_bandwidth": 2e10,
+    "rows": [
+        {
+            "kind": "plain",
+            "dtype": "float32",
+            "batch": 1,
+            "first_token_s": 0.1,
+            "prefill_tokens_per_s": 640.0,
+            "decode_tokens_per_s": 50.0,
+            "weights_nbytes": 1000,
+            "bandwidth_share": 0.4,
+        }
+    ],
+    "notes": ["nothing"],
+}
+
 
 class Recorder(types.ModuleType):
     """Stands for `llmmpq.pipeline`: remembers the call, prints what a careless library would, returns a sample."""
@@ -173,6 +196,7 @@ class Recorder(types.ModuleType):
             "inspect": INSPECTED,
             "evaluate": EVALUATED,
             "run_tasks": TASKS,
+            "bench": BENCHED,
             "generate": "The library is closed.",
         }
         self.called = None
@@ -379,7 +403,11 @@ def test_what_the_other_verbs_hand_on(pipeline):
     assert run("check demo --out there --work-dir w --overwrite --quiet") == 0
     assert pipeline.keywords == {"out": Path("there"), "work_dir": Path("w"), "overwrite": True}
     assert main(["inspect", "folder"]) == 0
-    assert pipeline.called == ("inspect", (Path("folder"),), {})
+    assert pipeline.called == ("inspect", (Path("folder"),), {"runtime": False})
+    assert run("bench folder --batch 1,4 --prompt 64 --new 16 --device cpu") == 0
+    pipeline.keywords.pop("progress")
+    lengths = {"batches": [1, 4], "prompt": 64, "new": 16}
+    assert pipeline.called == ("bench", ("folder",), lengths | {"device": "cpu", "dtype": "auto"})
     assert run("eval folder --baseline demo --text t.txt --window 64 --device cpu --dtype float32") == 0
     pipeline.keywords.pop("progress")
     machine = {"device": "cpu", "dtype": "float32"}

@@ -1,0 +1,359 @@
+"""Time of each kernel on the linears of Llama-3.1-8B and 70B, beside cuBLAS, torch's int4 product and GemLite.
+
+    python eval/kernel_bench.py                     # on a GPU: eval/results/kernels-<device>.csv, under 8 minutes
+    python eval/kernel_bench.py --seconds 200       # stops after so long, the most wanted shapes first
+    python eval/kernel_bench.py --rows 1,16 --formats 3,4
+    TRITON_INTERPRET=1 python eval/kernel_bench.py --smoke     # no GPU: tiny shapes, that the script itself works
+
+A figure is the median of several replays of a CUDA graph with many launches, so launching costs nothing; each launch
+has another copy of the operands, and the copies together exceed the second-level cache several times. Before a kernel
+is timed, its result is compared with the reference's in float32; a wrong one ends the run with exit code 1.
+
+Needs torch, triton and `kernels/torch-ext` alone: neither the toolkit nor a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
+
+from llmmpq_kernels import dequantize, tuning  # noqa: E402
+from llmmpq_kernels.operands import Operands  # noqa: E402
+
+# (N, K) of q and o, k and v, gate and up, down; the two of the targets first.
+SHAPES = [
+    (4096, 14336),
+    (8192, 28672),
+    (14336, 4096),
+    (28672, 8192),
+    (4096, 4096),
+    (8192, 8192),
+    (1024, 4096),
+    (1024, 8192),
+]
+ROWS = [1, 4, 16, 64, 2048]
+# Name -> (width, share of the groups). The two mixed ones are 2.5 and 3.5 bits of code on average.
+FORMATS = {
+    "2": ((2, 1.0),),
+    "3": ((3, 1.0),),
+    "4": ((4, 1.0),),
+    "8": ((8, 1.0),),
+    "mixed 2.5": ((2, 0.625), (3, 0.25), (4, 0.125)),
+    "mixed 3.5": ((2, 0.125), (3, 0.375), (4, 0.4375), (8, 0.0625)),
+}
+GROUP_SIZE = 128
+ROTATED_NBYTES = 256 * 2**20  # four times the second-level cache of an H200
+MOST_COPIES, LAUNCHES, REPLAYS = 64, 20, 7
+TOLERANCE = 1.2e-2  # of bfloat16, as in tests/kernels
+COMPILERS = 8  # processes that fill Triton's cache before anything is timed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. `share` is that of the bandwidth of a copy; `speedup` is against cuBLAS in bfloat16."""
+
+    shape: str
+    format: str
+    bits: float
+    rows: int
+    backend: str
+    microseconds: float
+    gbytes_per_s: float
+    share: float
+    speedup: float
+    error: float
+
+
+def random_operands(shape: tuple[int, int], name: str, device: torch.device, *, seed: int = 0) -> Operands:
+    """A matrix of random words, with zeros and float16 scales."""
+    num_n, num_k = shape
+    generator = torch.Generator(device).manual_seed(seed)
+    num_groups = num_k // GROUP_SIZE
+    runs = share_out(FORMATS[name], num_groups)
+    mixed = len(runs) > 1
+
+    def words(*dims: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, dims, generator=generator, device=device, dtype=torch.int64).to(
+            torch.int32
+        )
+
+    chunks_n = -(-num_n // 32)
+    order = None
+    if mixed:
+        parts = torch.randperm(num_groups, generator=generator, device=device).split([count for _, count in runs])
+        order = torch.cat([part.sort().values for part in parts]).to(torch.int32)
+    zeros = words(sum(bits * count for bits, count in runs) * chunks_n)
+    return Operands(
+        words=words(num_n, sum(bits * count for bits, count in runs) * GROUP_SIZE // 32),
+        scales=torch.rand(num_n, num_groups, generator=generator, device=device).mul_(0.01).add_(0.001).half(),
+        zeros=zeros if mixed else zeros.view(num_groups, -1),
+        order=order,
+        scale_base=None,
+        bias=None,
+        runs=runs,
+        group_size=GROUP_SIZE,
+        shape=shape,
+    )
+
+
+def share_out(shares: tuple[tuple[int, float], ...], num_groups: int) -> tuple[tuple[int, int], ...]:
+    counts = [max(1, round(share * num_groups)) for _, share in shares]
+    counts[0] += num_groups - sum(counts)
+    return tuple((bits, count) for (bits, _), count in zip(shares, counts, strict=True))
+
+
+def stored_nbytes(operands: Operands) -> int:
+    stored = (operands.words, operands.scales, operands.zeros, operands.order)
+    return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+
+def copies_of(operands: Operands) -> list[Operands]:
+    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // stored_nbytes(operands))))
+    return [operands] + [
+        dataclasses.replace(
+            operands,
+            words=operands.words.clone(),
+            scales=operands.scales.clone(),
+            zeros=None if operands.zeros is None else operands.zeros.clone(),
+        )
+        for _ in range(num - 1)
+    ]
+
+
+def weights_of(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(
+        operands.words,
+        operands.scales,
+        operands.zeros,
+        order=operands.order,
+        runs=operands.runs,
+        group_size=operands.group_size,
+        shape=operands.shape,
+        dtype=dtype,
+    )
+
+
+def microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Of one call, the calls taken in turn."""
+    for call in calls[:2]:
+        call()
+    if device.type == "cpu":
+        started = time.perf_counter()
+        calls[0]()
+        return 1e6 * (time.perf_counter() - started)
+    num = max(LAUNCHES, len(calls))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(num):
+            calls[index % len(calls)]()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / num)
+    return statistics.median(times)
+
+
+def copy_gbytes_per_s(device: torch.device) -> float:
+    source = torch.ones((2**28 if device.type == "cuda" else 2**22,), device=device)
+    targets = [torch.empty_like(source) for _ in range(2)]
+    return 2 * source.nbytes / microseconds([partial(to.copy_, source) for to in targets], device) / 1000
+
+
+def cublas(shape: tuple[int, int], x: torch.Tensor) -> float:
+    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // (2 * shape[0] * shape[1]))))
+    weights = [torch.randn(shape, device=x.device, dtype=x.dtype) for _ in range(num)]
+    return microseconds([partial(torch.nn.functional.linear, x, w) for w in weights], x.device)
+
+
+def torch_int4(shape: tuple[int, int], x: torch.Tensor) -> float:
+    """torch's own packed product: 4 bits, groups of 128, bfloat16. Its weights are random: no result to compare."""
+    num_n, num_k = shape
+    raw = torch.randint(0, 256, (num_n, num_k // 2), device=x.device, dtype=torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(raw, 8)
+    scales = torch.rand(num_k // GROUP_SIZE, num_n, 2, device=x.device, dtype=x.dtype)
+    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // packed.nbytes)))
+    copies = [packed.clone() for _ in range(num)]
+    product = torch.ops.aten._weight_int4pack_mm
+    return microseconds([partial(product, x, w, GROUP_SIZE, scales) for w in copies], x.device)
+
+
+def gemlite(shape: tuple[int, int], x: torch.Tensor) -> float:
+    """GemLite at 4 bits, groups of 128, where it is installed."""
+    from gemlite.core import DType, GemLiteLinear
+
+    num_n, num_k = shape
+    num = min(16, max(1, -(-ROTATED_NBYTES // (num_n * num_k // 2))))
+    layers = []
+    for _ in range(num):
+        layer = GemLiteLinear(
+            4,
+            group_size=GROUP_SIZE,
+            in_features=num_k,
+            out_features=num_n,
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        codes = torch.randint(0, 16, shape, device=x.device, dtype=torch.uint8)
+        scales = torch.rand(num_n, num_k // GROUP_SIZE, device=x.device, dtype=x.dtype)
+        layer.pack(codes, scales, torch.full_like(scales, 8), None)
+        layers.append(layer)
+    return microseconds([partial(layer, x) for layer in layers], x.device)
+
+
+OTHERS = {"torch int4": torch_int4, "gemlite": gemlite}
+
+
+def backends_for(num_rows: int, device: torch.device) -> list[str]:
+    """The one that runs, and at many rows its rival too: a fused product may not lose to dequantizing first."""
+    chosen = tuning.backend_for(num_rows, tuning.launch_on(device))
+    return [chosen, "gemm"] if chosen == "dequantized" else [chosen]
+
+
+def measure(
+    shapes: list[tuple[int, int]], formats: list[str], rows: list[int], *, device: torch.device, copy: float
+) -> Iterator[Row]:
+    for shape in shapes:
+        inputs = {num: torch.randn(num, shape[1], device=device, dtype=torch.bfloat16) for num in rows}
+        plain = {num: cublas(shape, x) for num, x in inputs.items()}
+
+        def row(
+            name: str, bits: float, num: int, backend: str, taken: float, error: float, shape=shape, plain=plain
+        ) -> Row:
+            moved = shape[0] * shape[1] * bits / 8 + 2 * num * (shape[0] + shape[1])
+            rate = moved / taken / 1000
+            return Row(
+                shape=f"{shape[0]}x{shape[1]}",
+                format=name,
+                bits=round(bits, 4),
+                rows=num,
+                backend=backend,
+                microseconds=round(taken, 2),
+                gbytes_per_s=round(rate, 1),
+                share=round(rate / copy, 4),
+                speedup=round(plain[num] / taken, 3),
+                error=error,
+            )
+
+        for num in rows:
+            yield row("bfloat16", 16.0, num, "cublas", plain[num], 0.0)
+        for name in formats:
+            operands = random_operands(shape, name, device)
+            copies = copies_of(operands)
+            bits = 8 * stored_nbytes(operands) / (shape[0] * shape[1])
+            weights = weights_of(operands, torch.float32)
+            for num, x in inputs.items():
+                wanted = x.float() @ weights.T
+                for backend in backends_for(num, device):
+                    y = tuning.multiply(backend, x, operands)
+                    error = float((y.float() - wanted).norm() / wanted.norm())
+                    if not error < TOLERANCE:
+                        raise SystemExit(f"{backend} is wrong: {shape}, {name}, {num} rows: error {error}")
+                    calls = [partial(tuning.multiply, backend, x, each) for each in copies]
+                    yield row(name, bits, num, backend, microseconds(calls, device), round(error, 6))
+            del copies, weights
+        for name, other in OTHERS.items():
+            for num, x in inputs.items():
+                try:
+                    taken = other(shape, x)
+                except Exception as error:  # not installed, or not for this shape: a line of the table says nothing
+                    print(f"{name} at {shape}, {num} rows: {type(error).__name__}: {error}"[:160], file=sys.stderr)
+                    break
+                yield row(name, 4 + 32 / GROUP_SIZE, num, name, taken, float("nan"))
+
+
+def fill_compiler_cache(arguments: argparse.Namespace) -> None:
+    """Every kernel compiled once, by several processes: compiling one after the other would take most of the time."""
+    script = [sys.executable, __file__, *(["--smoke"] if arguments.smoke else [])]
+    script += ["--rows", arguments.rows, "--formats", arguments.formats]
+    processes = [subprocess.Popen([*script, "--compile", str(index)]) for index in range(COMPILERS)]
+    for process in processes:
+        if process.wait():
+            raise SystemExit(f"a compiling process ended with code {process.returncode}")
+
+
+def compile_share(index: int, shapes: list[tuple[int, int]], formats: list[str], rows: list[int]) -> None:
+    device = torch.device("cuda")
+    jobs = [(shape, name, num) for shape in shapes for name in formats for num in rows]
+    # Equal formats of different shapes share kernels, so a process takes whole formats.
+    for shape, name, num in jobs:
+        if (formats.index(name) + rows.index(num) * len(formats)) % COMPILERS == index:
+            x = torch.randn(num, shape[1], device=device, dtype=torch.bfloat16)
+            for backend in backends_for(num, device):
+                tuning.multiply(backend, x, random_operands(shape, name, device))
+
+
+def show(rows: list[Row], copy: float) -> None:
+    print(f"copy {copy:,.0f} GB/s")
+    print(f"{'shape':>12} {'format':>10} {'rows':>5} {'backend':>12} {'us':>10} {'GB/s':>7} {'copy':>6} {'x bf16':>7}")
+    for row in rows:
+        print(
+            f"{row.shape:>12} {row.format:>10} {row.rows:>5} {row.backend:>12} {row.microseconds:>10,.1f}"
+            f" {row.gbytes_per_s:>7,.0f} {row.share:>6.0%} {row.speedup:>7.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--seconds", type=float, default=420.0, help="when to stop and write what there is")
+    parser.add_argument("--out", type=Path, help="the CSV")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on whatever device there is")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    shapes = [(64, 2048)] if arguments.smoke else SHAPES
+    rows, formats = [int(number) for number in arguments.rows.split(",")], arguments.formats.split(",")
+    if arguments.compile is not None:
+        compile_share(arguments.compile, shapes, formats, rows)
+        return
+    if not torch.cuda.is_available() and not arguments.smoke:
+        raise SystemExit("no GPU: use --smoke with TRITON_INTERPRET=1 to try the script")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        fill_compiler_cache(arguments)
+        print(f"compiled after {time.monotonic() - started:.0f} s", file=sys.stderr)
+    copy = copy_gbytes_per_s(device)
+    found: list[Row] = []
+    for row in measure(shapes, formats, rows, device=device, copy=copy):
+        found.append(row)
+        if time.monotonic() - started > arguments.seconds:
+            print(f"stopped after {arguments.seconds:.0f} s: the rest was not measured", file=sys.stderr)
+            break
+    show(found, copy)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "smoke"
+    out = (
+        arguments.out
+        or Path(os.environ.get("OUT", ROOT / "eval/results")) / f"kernels-{tuning.file_name(name)[:-5]}.csv"
+    )
+    if device.type == "cuda" or arguments.out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(row) for row in found)
+        print(f"written to {out}; torch {torch.__version__}, {name}, copy {copy:,.0f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Matrix times activations on a CPU, by the compiled loops of `cpu.c`.
+
+Few rows are multiplied straight from the words, four at a time. For more, blocks of rows of the matrix are made
+float32 in the second-level cache and multiplied there by torch. Both use as many threads as torch does; sums are in
+float32, in an order that depends on the number of threads no more than torch's own do.
+
+Shape suffixes: M rows of activations, N output rows, K input columns, G groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from . import native
+from .layout import CODES_PER_CHUNK
+from .operands import MOST_RUNS, Operands
+from .reference import CPU_BLOCK_WEIGHTS
+from .runs import Runs
+
+FLOAT_NBYTES = 4
+ROWS_AT_ONCE = 4  # of `cpu.c`
+# Up to here each four rows unpack the matrix anew; from there on making it float32 once costs less.
+MOST_ROWS = 16
+# Fewer weights than this are done before another thread has woken up.
+THREAD_WEIGHTS = 1 << 20
+
+
+class Matrix(ctypes.Structure):
+    """`struct matrix` of `cpu.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "order", "scale_base")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "group_size", "row_words", "num_runs")),
+        *((name, ctypes.c_int64 * MOST_RUNS) for name in ("bits", "run_groups", "run_chunks")),
+    )
+
+
+def multiply(x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
+    """`x @ weight.T + bias` in x's dtype."""
+    library = native.load().handle
+    if library is None:
+        raise RuntimeError(f"no compiled loops: {native.load().problem}")
+    matrix = _matrix_of(operands)
+    if x_MK.shape[0] <= MOST_ROWS:
+        out_MN = _multiply_rows(library, matrix, x_MK, operands)
+        if operands.bias is not None:
+            out_MN += operands.bias
+        return out_MN.to(x_MK.dtype)
+    return _multiply_blocks(library, matrix, x_MK, operands)
+
+
+def dequantize(operands: Operands) -> torch.Tensor:
+    """The matrix [N, K] in float32, as the reference gives it."""
+    library = native.load().handle
+    assert library is not None, native.load().problem
+    weights_NK = torch.empty(operands.shape, dtype=torch.float32)
+    _dequantize_rows(library, _matrix_of(operands), weights_NK, 0)
+    return weights_NK
+
+
+def _matrix_of(operands: Operands) -> Matrix:
+    stored = (operands.words, operands.scales, operands.zeros, operands.order, operands.scale_base)
+    for tensor in stored:
+        if tensor is not None and not tensor.is_contiguous():
+            raise RuntimeError("stored tensors must lie in memory as they do in a file: call .contiguous() on them")
+    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in stored])
+    widths = (operands.scales.shape[1], operands.group_size, operands.words.shape[1])
+    return _matrix(pointers, operands.shape, widths, operands.runs, operands.chunks)
+
+
+@functools.lru_cache(maxsize=4096)  # of addresses, which say all that it holds: never stale
+def _matrix(
+    pointers: tuple[int | None, ...],
+    shape: tuple[int, int],
+    widths: tuple[int, int, int],
+    runs: Runs,
+    chunks: tuple[int, ...],
+) -> Matrix:
+    def row(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * MOST_RUNS)(*numbers)
+
+    columns = (row(bits for bits, _ in runs), row(groups for _, groups in runs), row(chunks))
+    return Matrix(*pointers, *shape, *widths, len(runs), *columns)
+
+
+def _multiply_rows(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
+    num_rows, num_n = x_MK.shape[0], operands.shape[0]
+    x = x_MK.to(torch.float32).contiguous()
+    width, num_groups = sum(operands.chunks) * CODES_PER_CHUNK, operands.scales.shape[1]
+    scratch = torch.empty(num_rows * (width + num_groups), dtype=torch.float32)
+    out_MN = torch.empty((num_rows, num_n), dtype=torch.float32)
+    address, stored, out = ctypes.addressof(matrix), scratch.data_ptr(), out_MN.data_ptr()
+    sums = stored + FLOAT_NBYTES * num_rows * width
+    library.llmmpq_prepare(address, x.data_ptr(), num_rows, width, stored, sums)
+
+    def part(first: int, last: int) -> None:
+        for row in range(0, num_rows, ROWS_AT_ONCE):
+            library.llmmpq_multiply(
+                address,
+                stored + FLOAT_NBYTES * row * width,
+                min(ROWS_AT_ONCE, num_rows - row),
+                width,
+                sums + FLOAT_NBYTES * row * num_groups,
+                out + FLOAT_NBYTES * row * num_n,
+                first,
+                last,
+            )
+
+    _share_rows(part, num_n, weights=num_n * width)
+    return out_MN
+
+
+def _multiply_blocks(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
+    (num_n, num_k), bias = operands.shape, operands.bias
+    out_MN = torch.empty((x_MK.shape[0], num_n), dtype=x_MK.dtype)
+    block_rows = max(1, torch.get_num_threads() * CPU_BLOCK_WEIGHTS // num_k)
+    block_NK = torch.empty((min(block_rows, num_n), num_k))
+    for start in range(0, num_n, block_rows):
+        stop = min(start + block_rows, num_n)
+        weights_NK = block_NK[: stop - start]
+        _dequantize_rows(library, matrix, weights_NK, start)
+        part_N = None if bias is None else bias[start:stop].to(x_MK.dtype)
+        out_MN[:, start:stop] = torch.nn.functional.linear(x_MK, weights_NK.to(x_MK.dtype), part_N)
+    return out_MN
+
+
+def _dequantize_rows(library: ctypes.CDLL, matrix: Matrix, weights_NK: torch.Tensor, start: int) -> None:
+    address, out, num_k = ctypes.addressof(matrix), weights_NK.data_ptr(), weights_NK.shape[1]
+
+    def part(first: int, last: int) -> None:
+        library.llmmpq_dequantize(address, out + FLOAT_NBYTES * first * num_k, start + first, start + last)
+
+    _share_rows(part, weights_NK.shape[0], weights=weights_NK.numel())
+
+
+def _share_rows(part: Callable[[int, int], None], num_rows: int, *, weights: int) -> None:
+    """`part(first, last)` for all rows, in as many threads as pay: ctypes lets go of the interpreter's lock."""
+    num_parts = min(torch.get_num_threads(), num_rows, 1 + weights // THREAD_WEIGHTS)
+    if num_parts == 1:
+        part(0, num_rows)
+        return
+    cuts = [num_rows * index // num_parts for index in range(num_parts + 1)]
+    others = [_pool(num_parts).submit(part, cuts[index], cuts[index + 1]) for index in range(1, num_parts)]
+    part(cuts[0], cuts[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="llmmpq")

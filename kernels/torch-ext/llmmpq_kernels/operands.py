@@ -1,0 +1,83 @@
+"""A packed matrix as the kernels take it, and what its shape allows: runs in chunks, and how far its loads are aligned.
+
+A row of words is its runs side by side, each of `bits * chunks` words; a chunk is 32 codes. The kernels need a group to
+be whole chunks, so that a chunk has one scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layout import CODES_PER_CHUNK
+from .runs import Runs
+
+MOST_RUNS = 4
+WORDS_PER_LOAD = 4  # 16 bytes, the longest load of a thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The stored tensors of a matrix [N, K]; `runs` is (bits, groups) in stored order, one pair where it is uniform."""
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+    scale_base: torch.Tensor | None
+    bias: torch.Tensor | None
+    runs: Runs
+    group_size: int
+    shape: tuple[int, int]
+
+    @functools.cached_property
+    def chunks(self) -> tuple[int, ...]:
+        """Chunks of each run. A mixed matrix stores every group in full, a uniform one ends with its last column."""
+        if len(self.runs) == 1:
+            return (-(-self.shape[1] // CODES_PER_CHUNK),)
+        return tuple(groups * self.group_size // CODES_PER_CHUNK for _, groups in self.runs)
+
+    @functools.cached_property
+    def alignment(self) -> int:
+        """The largest of 4, 2 and 1 that divides every run's chunks, and with them the words of a row."""
+        return math.gcd(WORDS_PER_LOAD, *self.chunks)
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor, ...]:
+        """Words, scales, base, zeros, order. A pointer that is not read must still be one: the words stand in."""
+        others = (self.scale_base, self.zeros, self.order)
+        return (self.words, self.scales, *(self.words if tensor is None else tensor for tensor in others))
+
+    @functools.cached_property
+    def extents(self) -> tuple[int, ...]:
+        """The words of a row and the chunks of four runs, in units of `alignment`."""
+        align = self.alignment
+        chunks = [count // align for count in self.chunks]
+        return (self.words.shape[1] // align, *chunks, *[0] * (MOST_RUNS - len(chunks)))
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "WIDTHS": tuple(bits for bits, _ in self.runs),
+            "ALIGN": self.alignment,
+            "GROUP": self.group_size,
+            "HAS_ZEROS": self.zeros is not None,
+            "MIXED": self.order is not None,
+            "EIGHT_BIT": self.scale_base is not None,
+        }
+
+
+def refusal(runs: Runs, group_size: int) -> str | None:
+    """Why no Triton kernel takes such a matrix; None where one does."""
+    if group_size % CODES_PER_CHUNK:
+        return (
+            f"groups of {group_size} are not a multiple of {CODES_PER_CHUNK}, the codes that a kernel unpacks at once"
+        )
+    if len(runs) > MOST_RUNS:
+        return f"{len(runs)} runs of widths, at most {MOST_RUNS}"
+    return None

@@ -1,0 +1,95 @@
+"""The compiled loops for CPUs against float64 and the reference, and what happens where nothing can be compiled."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from llmmpq_kernels import cpu, native
+from tests.kernels.matrices import MIXES, Case, cases, relative_error, weights_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="matrices of these tests are on the GPU")
+needs_a_compiler = pytest.mark.skipif(native.load().problem is not None, reason=str(native.load().problem))
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("widths", MIXES, ids=str)
+def test_products_equal_the_reference(widths, group_size):
+    for rows in (1, 2, 3, 4, 7, cpu.MOST_ROWS + 1):
+        case = Case(
+            rows=rows,
+            shape=(45, 1000),
+            widths=widths,
+            group_size=group_size,
+            dtype=torch.float32,
+            eight_bit=rows % 2 > 0,
+        )
+        operands, x = case.operands(), case.x()
+        assert relative_error(cpu.multiply(x, operands), x, operands) < TOLERANCE[torch.float32]
+    assert torch.equal(cpu.dequantize(operands), weights_of(operands))
+
+
+@needs_a_compiler
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_products_of_drawn_shapes(case):
+    operands, x = case.operands(), case.x()
+    y = cpu.multiply(x, operands)
+    assert y.dtype == case.dtype
+    assert relative_error(y, x, operands) < TOLERANCE[case.dtype]
+    assert torch.equal(cpu.dequantize(operands), weights_of(operands))
+
+
+@needs_a_compiler
+def test_threads_change_no_bit(monkeypatch):
+    """Rows are shared out, sums are not."""
+    monkeypatch.setattr(cpu, "THREAD_WEIGHTS", 1)
+    case = Case(rows=3, shape=(41, 256), widths=(2, 4), group_size=32, dtype=torch.float32)
+    operands, x = case.operands(), case.x()
+    found = []
+    for num_threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num=num_threads: num)
+        found.append(cpu.multiply(x, operands))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_a_compiler
+def test_strided_activations():
+    case = Case(rows=6, shape=(33, 96), widths=(4,), group_size=32, dtype=torch.float32)
+    operands, x = case.operands(), case.x()
+    assert torch.equal(cpu.multiply(x.T.contiguous().T, operands), cpu.multiply(x, operands))
+
+
+@pytest.fixture
+def fresh_load(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load.cache_clear()
+    yield native.load
+    native.load.cache_clear()
+
+
+def test_without_a_compiler_the_reason_is_said(fresh_load, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "no C compiler" in fresh_load().problem
+
+
+def test_a_compiler_that_fails_is_quoted(fresh_load, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    assert "false could not compile it" in fresh_load().problem
+    monkeypatch.setenv("CC", "/no/such/compiler --here")
+    fresh_load.cache_clear()
+    assert "/no/such/compiler could not compile it" in fresh_load().problem
+
+
+@needs_a_compiler
+def test_it_is_compiled_once_for_all_processes(fresh_load, monkeypatch, tmp_path):
+    assert fresh_load().problem is None
+    (built,) = (tmp_path / "llmmpq").iterdir()
+    written = built.stat().st_mtime_ns
+    fresh_load.cache_clear()
+    assert fresh_load().problem is None
+    assert [built.stat().st_mtime_ns] == [file.stat().st_mtime_ns for file in (tmp_path / "llmmpq").iterdir()]
+    assert built.stat().st_mtime_ns == written
