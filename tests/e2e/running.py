@@ -52,7 +52,7 @@ class Recorder:
 
 
 def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
-    """Small and fast: 256 tokens, one thread, one option of two widths, one sweep; `changes` as section__key."""
+    """Small and fast: 256 tokens, one thread, two options of two widths, one sweep; `changes` as section__key."""
     recipe = Recipe().override(
         {
             "model": str(model),
@@ -61,7 +61,7 @@ def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
             "calibration.tokens": 256,
             "calibration.window": 64,
             "measurement.tokens": 64,
-            "allocation.profiles": [3.5],
+            "allocation.profiles": [3.5, 6.0],
             "quantizer.group_size": GROUP_SIZE,
             "quantizer.sweeps": 1,
             "run.threads": 1,

@@ -532,7 +532,7 @@ def test_a_disk_too_small_for_the_output(attempt: Attempt, small_disk: Callable[
     [
         (0, "No space left on device"),
         (4, "No space left on device"),
-        (82, "are needed for the journal of finished blocks"),
+        (100, "are needed for the journal of finished blocks"),
     ],
 )
 def test_a_disk_too_small_for_the_journal(
