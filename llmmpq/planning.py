@@ -53,7 +53,7 @@ def check_every_pair(session: Session) -> None:
         f"allocation.method is pairs, which runs every two candidates together: {len(linears)} linears with "
         f"{sum(map(sum, sizes))} options make {num_pairs:,} pairs, as much work as {num_forwards:,.0f} forwards of the "
         f"whole model over {measurement.tokens:,} tokens; {reason}. Use iqp, which gets all pairs from one forward per "
-        "candidate, or fewer allocation.widths."
+        "candidate, or --layer-only and fewer --widths."
     )
 
 

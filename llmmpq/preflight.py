@@ -1,10 +1,11 @@
 """What a run would need and produce, in seconds and without reading weights.
 
 Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
-original is followed beside the quantized one), the second moments and factor of the widest input, the states, and those
-of all candidates where they are measured by the model's output (on a GPU they may fit there instead). Time
-is the number of multiplications over a rate measured on the spot, in float32 as the quantizer computes; a GPU runs the
-blocks themselves faster in 16 bits. It is an estimate and says so.
+original is followed beside the quantized one), the second moments and factor of the widest input, the states, the
+packed options of a block that is measured around a plan, and the states of all candidates where they are measured by
+the model's output (on a GPU they may fit there instead). Time is the number of multiplications over a rate measured on
+the spot, in float32 as the quantizer computes; a GPU runs the blocks themselves faster in 16 bits. It is an estimate
+and says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from llmmpq.errors import CalibrationError, CheckpointError, InfeasibleBudgetErr
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
+from llmmpq.quantize.descent import CHUNK_ELEMENTS
+from llmmpq.records import Scheme
 from llmmpq.selfmade import check_self_calibration
 from llmmpq.session import Session
 from llmmpq.tuning import TOKENS_PER_STEP
@@ -39,6 +43,10 @@ COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
 # Of each weight of the block, measured: codes, what they were rounded from, latent, the two means of Adam, weight,
 # gradients, and what Adam makes of one matrix on the way.
 TUNING_NBYTES_PER_WEIGHT = 35
+# On one core, with 2,048 and 4,096 inputs, three sweeps take as long as 10 products with the moment, GPTQ as long as
+# 1.3. GPTQ counts as one product, and all products are doubled for what is element-wise.
+SWEEP_IN_GPTQS = 1.5
+DESCENT_NBYTES_PER_WEIGHT = 8  # of a chunk of rows, more than GPTQ: 4 copies in float32 in place of 2
 
 
 def preflight(
@@ -49,7 +57,7 @@ def preflight(
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
     quantized_nbytes = max(min(budget["nbytes"], problem.largest_nbytes), problem.smallest_nbytes)
     output_nbytes = quantized_nbytes + kept_nbytes
-    work_nbytes = _work_nbytes(session)
+    work_nbytes = _work_nbytes(session) + _options_nbytes(session)
     on_cpu = session.device.type == "cpu"
     states_nbytes = _states_nbytes(session)
     on_host = states_nbytes if recipe.run.activations == "host" else 0
@@ -205,9 +213,22 @@ def _work_nbytes(session: Session) -> int:
     itemsize = session.dtype.itemsize
     # GPTQ holds the corrected weight, its transposed copy, the codes and the result of one matrix.
     rounding = COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
+    if recipe.quantizer.sweeps:
+        rounding += DESCENT_NBYTES_PER_WEIGHT * min(largest, CHUNK_ELEMENTS)
     if recipe.quantizer.tune:
         rounding = max(rounding, TUNING_NBYTES_PER_WEIGHT * weights)
     return (1 + recipe.quantizer.sequential) * weights * itemsize + rounding
+
+
+def _options_nbytes(session: Session) -> int:
+    """All options of a block that is measured around a plan, packed."""
+    if not _is_measured(session) or _num_rounds(session) == 1:
+        return 0
+    options = session.options()
+    return max(
+        sum(scheme.nbytes(spec.shape) for spec in specs for scheme in options[spec.name])
+        for specs in session.skeleton.linears_by_block
+    )
 
 
 def _states_nbytes(session: Session) -> int:
@@ -227,8 +248,9 @@ def _estimate_seconds(session: Session) -> float | None:
         rate = _multiplications_per_second(session.device)
     except torch.OutOfMemoryError:
         return None
-    recipe = session.recipe
+    recipe, options = session.recipe, session.options()
     tokens = recipe.calibration.tokens
+    sweeps = recipe.quantizer.sweeps if recipe.quantizer.algorithm == "gptq" else 0
     total = 0.0
     for specs in session.skeleton.linears_by_block:
         weights = sum(spec.num_weights for spec in specs)
@@ -238,13 +260,22 @@ def _estimate_seconds(session: Session) -> float | None:
         total += 3 * recipe.quantizer.tune * max(TOKENS_PER_STEP, recipe.calibration.window) * weights
         moments = sum(spec.shape[1] ** 2 for spec in specs)
         factors = sum(spec.shape[1] ** 3 for spec in specs) / 3
-        rounding = sum(spec.num_weights * spec.shape[1] for spec in specs)
-        total += 2 * tokens * moments + factors + rounding
+        total += 2 * tokens * moments + factors
+        for spec in specs:
+            num_gptqs = _count_gptqs((session.scheme(8),), sweeps=sweeps)
+            if _is_measured(session):
+                num_gptqs += _num_rounds(session) * _count_gptqs(options[spec.name], sweeps=sweeps)
+            total += num_gptqs * spec.num_weights * spec.shape[1]
         if _is_measured(session):
-            total += _num_rounds(session) * len(recipe.allocation.widths) * rounding
             total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.
     return math.ceil(2 * (total + _measuring_multiplications(session)) / rate) + 5.0
+
+
+def _count_gptqs(schemes: Sequence[Scheme], *, sweeps: int) -> float:
+    """What quantizing a matrix in all of these takes; where groups have two widths, a GPTQ of each tells which."""
+    widths = {bits for scheme in schemes for bits, _ in scheme.runs}
+    return len(schemes) * (1 + SWEEP_IN_GPTQS * sweeps) + len(widths)
 
 
 def _is_measured(session: Session) -> bool:
@@ -262,20 +293,23 @@ def _measuring_multiplications(session: Session) -> float:
     if not _is_measured(session):
         return 0.0
     skeleton, recipe = session.skeleton, session.recipe
-    probe, num_options = recipe.measurement.tokens, len(recipe.allocation.widths)
-    blocks = session.skeleton.linears_by_block
+    probe, sizes = recipe.measurement.tokens, pair_sizes(session)
+    blocks = [
+        (sum(own), sum(s.num_weights for s in specs))
+        for own, specs in zip(sizes, skeleton.linears_by_block, strict=True)
+    ]
     if recipe.allocation.method == "local":
-        return float(sum(probe * num_options * len(specs) * sum(s.num_weights for s in specs) for specs in blocks))
+        return float(probe * sum(num * weights for num, weights in blocks))
     config = skeleton.model.config.get_text_config()
-    num_candidates = num_options * len(skeleton.linears)
+    num_candidates = sum(num for num, _ in blocks)
     if recipe.allocation.method == "pairs":
-        sizes, weights = pair_sizes(session), sum(spec.num_weights for spec in skeleton.linears)
+        weights = sum(spec.num_weights for spec in skeleton.linears)
         head = (count_pairs(sizes) + num_candidates) * config.vocab_size * config.hidden_size
         return probe * (count_passes(sizes) / len(sizes) * weights + head)
     joined, forwards = 0, 0.0
-    for specs in blocks:
-        joined += num_options * len(specs)
-        forwards += (joined + 2) * sum(spec.num_weights for spec in specs)
+    for num, weights in blocks:
+        joined += num
+        forwards += (joined + 2) * weights
     head = num_candidates * config.vocab_size * (config.hidden_size + num_candidates / 2)
     return _num_rounds(session) * probe * (forwards + head)
 
@@ -286,7 +320,7 @@ def _waiting_nbytes(session: Session) -> int:
     if not _is_measured(session) or recipe.allocation.method in ("local", "pairs"):
         return 0
     head, options = session.skeleton.head, session.options()
-    num_candidates = len(recipe.allocation.widths) * (len(session.skeleton.linears) - (head is not None))
+    num_candidates = sum(len(schemes) for name, schemes in options.items() if head is None or name != head.name)
     hidden = session.skeleton.model.config.get_text_config().hidden_size
     itemsize = 2 if recipe.measurement.dtype in ("bfloat16", "float16") else 4
     heads = 0 if head is None else (1 + len(options[head.name])) * head.num_weights

@@ -52,7 +52,7 @@ class Recorder:
 
 
 def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
-    """Small and fast: 256 tokens, one thread; `changes` as section__key."""
+    """Small and fast: 256 tokens, one thread, two options of two widths, one sweep; `changes` as section__key."""
     recipe = Recipe().override(
         {
             "model": str(model),
@@ -61,7 +61,9 @@ def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
             "calibration.tokens": 256,
             "calibration.window": 64,
             "measurement.tokens": 64,
+            "allocation.profiles": [3.5, 6.0],
             "quantizer.group_size": GROUP_SIZE,
+            "quantizer.sweeps": 1,
             "run.threads": 1,
         }
     )
@@ -131,6 +133,12 @@ def packed_names(name: str, entry: Mapping[str, Any]) -> list[str]:
 def read_plan(folder: Path) -> dict[str, Any]:
     plan: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     return plan
+
+
+def bits_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Linear -> its width, or as a tuple the runs of one with several."""
+    bits = {name: entry["bits"] for name, entry in plan["linears"].items()}
+    return {name: tuple(own.items()) if isinstance(own, dict) else own for name, own in bits.items()}
 
 
 def assert_plan_is_what_is_stored(folder: Path) -> dict[str, Any]:

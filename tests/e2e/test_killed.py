@@ -18,7 +18,7 @@ WAIT_S = 60.0
 
 def _arguments(model: Path, calibration_file: Path, out: Path) -> list[str]:
     given = ["quantize", model, "--out", out, "--avg-bits", 4, "--calib", calibration_file, "--quiet", "--json"]
-    given += ["--tokens", 2048, "--window", 64, "--threads", 1, "--refine", 0]
+    given += ["--tokens", 2048, "--window", 64, "--threads", 1, "--refine", 0, "--layer-only"]
     return [str(item) for item in given]
 
 

@@ -17,7 +17,7 @@ from llmmpq.hf import LlmmpqForCausalLM
 from llmmpq.pipeline import quantize_model
 from llmmpq.runtime.linear import PackedLinear
 from tests import tiny
-from tests.e2e.running import digests, raw_tensors, read_plan, run_here, tiny_recipe
+from tests.e2e.running import PACKED_KEYS, digests, raw_tensors, read_plan, run_here, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def _set_layout_version(folder: Path, version: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, True])  # 1 has no 8-bit scales
 @pytest.mark.parametrize("loader", [LlmmpqForCausalLM, AutoModelForCausalLM])
 def test_an_unknown_layout_is_refused(version: object, loader: Any, copy: Path) -> None:
     _set_layout_version(copy, version)
@@ -107,7 +107,7 @@ def test_an_unknown_layout_is_refused(version: object, loader: Any, copy: Path) 
 
 
 def test_an_unknown_layout_is_one_line_on_the_command_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _set_layout_version(copy, 2)
+    _set_layout_version(copy, 3)
     outcome = run_here(["generate", copy, "--prompt", "The quick"], capsys)
     assert outcome.code == 2
     assert outcome.stderr.startswith("error: ")
@@ -132,8 +132,8 @@ def test_plain_transformers_loads_and_saves(made: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(first(ids).logits, second(ids).logits)
     before, after = raw_tensors(made), raw_tensors(tmp_path / "saved")
-    packed = {name for name in before if name.rsplit(".", 1)[1] in ("words", "scales", "zeros")}
-    assert packed
+    packed = {name for name in before if name.rsplit(".", 1)[1] in PACKED_KEYS}
+    assert {name.rsplit(".", 1)[1] for name in packed} == set(PACKED_KEYS)
     assert {name: before[name] for name in packed} == {name: after[name] for name in packed}
 
 

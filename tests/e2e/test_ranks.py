@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from tests import tiny
-from tests.e2e.running import COMMAND, GROUP_SIZE, digests, leftovers, raw_tensors, read_plan, run_here
+from tests.e2e.running import COMMAND, GROUP_SIZE, bits_of, digests, leftovers, raw_tensors, read_plan, run_here
 
 WINDOW = 48
 NUM_WINDOWS, PROBE_WINDOWS = 9, 3  # one process gets one more
@@ -36,8 +36,8 @@ def recipe(tmp_path: Path, calibration_file: Path) -> Path:
     path.write_text(
         f"calibration: {{source: {calibration_file}, tokens: {NUM_WINDOWS * WINDOW}, window: {WINDOW}}}\n"
         f"measurement: {{tokens: {PROBE_WINDOWS * WINDOW}}}\n"
-        f"quantizer: {{group_size: {GROUP_SIZE}}}\n"
-        "allocation: {widths: [2, 4]}\n"
+        f"quantizer: {{group_size: {GROUP_SIZE}, sweeps: 1}}\n"
+        "allocation: {widths: [2, 4], profiles: [3.5]}\n"
         "run: {threads: 1}\n",
         encoding="utf-8",
     )
@@ -120,7 +120,7 @@ def test_two_processes_do_what_one_does(
 
     plan, plan_two = read_plan(tmp_path / "one" / "out"), read_plan(tmp_path / "two" / "out")
     assert plan_two["linears"] == plan["linears"]
-    assert len({entry["bits"] for entry in plan["linears"].values()}) > 1
+    assert len(set(bits_of(plan).values())) > 1
     assert plan_two["measured_kl"] == pytest.approx(plan["measured_kl"], rel=1e-6)
     assert raw_tensors(tmp_path / "one" / "out") == raw_tensors(tmp_path / "two" / "out")
     assert "processes" not in plan["provenance"]["numerics"]

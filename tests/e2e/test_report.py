@@ -19,8 +19,10 @@ FAST = {
     "measurement.tokens": 64,
     "measurement.quantizer": "rtn",
     "allocation.method": "additive",
+    "quantizer.sweeps": 0,
     "run.threads": 1,
 }
+OPTIONS = ("2", "2.25", "2.5", "2.75", "3", "3.5", "4", "6", "8")  # mean bits
 RESULTS = {
     "model": "demo-quantized",
     "window": 1024,
@@ -68,16 +70,26 @@ def test_the_page_says_what_the_folder_holds(
     assert f"{plan['predicted_loss']:.4g}" in page.text["summary"]
     assert f"{report['source_nbytes'] / 1e6:.2f} MB" in page.text["summary"]
     rows = page.tables["matrices"][0][1:]
-    assert {row[0]: int(row[2]) for row in rows} == {name: one["bits"] for name, one in plan["linears"].items()}
+    assert {row[0]: row[2] for row in rows} == {name: _shown(one["bits"]) for name, one in plan["linears"].items()}
+    assert {"%" in row[2] for row in rows} == {True, False}  # of two widths, and of one
     losses = report["sensitivity"]["losses"]
     assert list(losses) == list(plan["linears"])
     first = rows[0][0]
-    assert rows[0][-4:] == [f"{losses[first][str(bits)]:.4g}".replace("e-0", "e-") for bits in (2, 3, 4, 8)]
+    assert page.tables["matrices"][0][0][-9:] == [f"loss at {bits}" for bits in OPTIONS]
+    assert rows[0][-9:] == [f"{losses[first][bits]:.4g}".replace("e-0", "e-") for bits in OPTIONS]
     assert losses[first]["2"] > losses[first]["8"] > 0
     assert text.count('class="dot"') == len(json.loads((made / "curve" / "pareto.json").read_text())["points"])
     assert "172.3934" in page.text["divergence"]
     digest = json.loads((made / "out" / "digests.json").read_text())["model.safetensors"]
     assert digest in page.text["provenance"]
+
+
+def _shown(bits: int | dict[str, int]) -> str:
+    if isinstance(bits, int):
+        return str(bits)
+    total = sum(bits.values())
+    mean = sum(int(width) * count for width, count in bits.items()) / total
+    return f"{mean:.1f} ({', '.join(f'{100 * count / total:.0f} % {width}' for width, count in bits.items())})"
 
 
 def test_equal_folders_give_equal_pages(

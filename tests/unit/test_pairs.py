@@ -44,7 +44,9 @@ def recipe_of(folder, text, **changes) -> Recipe:
         "calibration.window": 32,
         "measurement.tokens": 64,
         "quantizer.group_size": 32,
+        "quantizer.sweeps": 0,
         "allocation.widths": [2, 4],
+        "allocation.layer_only": True,
         "allocation.method": "pairs",
         "run.device": "cpu",
     }
@@ -207,6 +209,7 @@ def test_too_large_a_model_is_refused_with_the_work_it_would_take(
     assert says in problem
     assert "21 linears with 42 options make 840 pairs" in str(caught.value)
     assert "forwards of the whole model over 64 tokens" in str(caught.value)
+    assert "--layer-only" in str(caught.value)
 
 
 def test_a_plan_chosen_by_pairs_on_the_command_line_is_written_and_loads(folder, text, tmp_path, capsys):

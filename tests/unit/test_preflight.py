@@ -1,5 +1,6 @@
 """What `check` foresees: time, disks, an output folder that is taken."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,40 @@ def test_the_time_is_the_multiplications_over_the_rate(model, monkeypatch):
     assert seconds[0] - 5 == pytest.approx(2 * (seconds[1] - 5), abs=1)
 
 
+def test_sweeps_and_options_of_two_widths_take_time(model, monkeypatch):
+    """A sweep counts as one and a half GPTQs, two widths as one each, beside the option's own."""
+    monkeypatch.setattr(preflight, "_multiplications_per_second", lambda device: 1.0)
+
+    def products(**changes):
+        return (check(recipe_for(model, measurement__tokens=64, **changes))["seconds"] - 5) / 2
+
+    blocks = open_session(recipe_for(model)).skeleton.linears_by_block
+    weights = [sum(spec.num_weights for spec in specs) for specs in blocks]
+    gptq = [sum(spec.num_weights * spec.shape[1] for spec in specs) for specs in blocks]
+    swept, plain = (products(budget__bits=3, quantizer__sweeps=num) for num in (2, 0))
+    assert swept - plain == 3 * sum(gptq)
+    local = {"allocation__method": "local", "allocation__profiles": [2.5], "quantizer__sweeps": 0}
+    mixed, plain = (products(**local, allocation__layer_only=only) for only in (False, True))
+    candidates = 64 * sum(len(specs) * num for specs, num in zip(blocks, weights, strict=True))
+    assert mixed - plain == (1 + 2) * sum(gptq) + candidates
+
+
+def test_every_option_needs_memory(model):
+    sessions = [open_session(recipe_for(model, allocation__layer_only=only)) for only in (True, False)]
+    options = [[(spec, one) for spec in s.skeleton.linears for one in s.options()[spec.name]] for s in sessions]
+    assert len(options[1]) > 1.9 * len(options[0])
+    waiting = [preflight._waiting_nbytes(session) for session in sessions]
+    assert waiting == [len(own) * 4096 * tiny.HIDDEN * 4 for own in options]
+    packed = [sum(one.nbytes(spec.shape) for spec, one in own if spec.block == 0) for own in options]
+    assert [preflight._options_nbytes(session) for session in sessions] == packed
+
+
+def test_sweeps_need_memory(model):
+    swept, plain = (open_session(recipe_for(model, quantizer__sweeps=num)) for num in (1, 0))
+    largest = max(spec.num_weights for spec in swept.skeleton.linears)
+    assert preflight._work_nbytes(swept) - preflight._work_nbytes(plain) == 8 * largest
+
+
 @pytest.fixture
 def events(monkeypatch):
     """A GPU in name only: what is computed, waited for and timed is written down."""
@@ -150,7 +185,7 @@ def test_a_gpu_without_room_for_the_probe_gives_no_time(model, monkeypatch):
 def session_on(device, model):
     """What a session on this device would be, without the device."""
     session = open_session(recipe_for(model))
-    return SimpleNamespace(device=torch.device(device), recipe=session.recipe, skeleton=session.skeleton)
+    return dataclasses.replace(session, device=torch.device(device))
 
 
 @pytest.mark.gpu
