@@ -133,7 +133,9 @@ def main() -> None:
     out = args.out or Path(__file__).parent / "results" / f"prediction-{Path(args.model).name}"
     started, versions = time.monotonic(), provenance()
 
-    recipe = load_recipe(args.recipe).override({"model": args.model, "calibration.source": "builtin"})
+    # Plans and pairs are drawn by the width of each matrix.
+    changes = {"model": args.model, "calibration.source": "builtin", "allocation.layer_only": True}
+    recipe = load_recipe(args.recipe).override(changes)
     session = open_session(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         root = args.work_dir or Path(scratch)

@@ -69,6 +69,8 @@ class Session:
         profiles = () if allocation.layer_only else allocation.profiles
         runs = {runs_at(average, num_groups, sorted(allocation.widths)) for average in profiles} - {()}
         mixed = [dataclasses.replace(self.scheme(8), bits=None, runs=one) for one in runs]
+        # Options are told apart by their mean: where a pin adds the width that a mixture comes to, the width it is.
+        mixed = [scheme for scheme in mixed if scheme.code_bits(spec.shape) not in widths]
         schemes = [*(self.scheme(bits) for bits in widths), *mixed]
         return tuple(sorted(schemes, key=lambda scheme: scheme.code_bits(spec.shape)))
 

@@ -22,7 +22,7 @@ from tests.e2e.running import (
     tiny_recipe,
 )
 
-BUDGET = 4.9
+BUDGET = 4.6  # a little less than 4 bits everywhere: not all matrices can have the same
 CASES = [(name, torch.bfloat16) for name in tiny.NAMES] + [("mistral", torch.float32)]
 OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, on disk and in the model
 

@@ -248,3 +248,16 @@ def test_a_budget_survives_json_and_smallest_plans_fit(model):
     budget = budget_of(session)
     assert json.loads(json.dumps(budget)) == budget
     assert budget["nbytes"] > unmeasured_problem(session).largest_nbytes
+
+
+def test_a_pin_is_the_width_itself_where_a_mixture_comes_to_the_same_mean(model):
+    """Two widths, and profiles that come to 3 bits where the groups are even in number."""
+    session = session_of(model, max_size="1MB")
+    changes = {"quantizer.group_size": 32, "allocation.widths": [2, 4], "allocation.profiles": [3.0]}
+    for pins, pinned in (({}, False), ({"down_proj": 8, "q_proj": 3}, True)):
+        session = open_session(session.recipe.override(changes | {"allocation.pins": pins}))
+        options = session.options()["model.layers.0.self_attn.q_proj"]
+        assert [scheme.mixed for scheme in options] == [False, not pinned, False]
+        unit = next(unit for unit in unmeasured_problem(session).units if unit.members[0].role.endswith("q_proj"))
+        assert (3 in [scheme.bits for scheme in unit.schemes]) == pinned
+        assert unit.pinned == pinned
