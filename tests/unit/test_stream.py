@@ -107,6 +107,33 @@ def test_after_the_loop_all_is_on_meta_again(opened, name):
     assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
 
 
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_backwards_the_blocks_are_the_same_one_at_a_time(opened, name):
+    skeleton, _ = opened(name)
+    entering, leaving = [], []
+    for block in stream_of(opened(name), batch=2):
+        entering.append(list(block.states))
+        leaving.append(list(block.run()))
+    indices = []
+    for block in stream_of(opened(name), batch=2).backwards(lambda index: entering[index]):
+        indices.append(block.index)
+        loaded = {n for n, p in skeleton.model.named_parameters() if not p.is_meta}
+        assert loaded
+        assert all(n.startswith(block.name + ".") for n in loaded)
+        assert all(torch.equal(one, two) for one, two in zip(block.run(), leaving[block.index], strict=True))
+    assert indices == list(reversed(range(len(skeleton.block_names))))
+    assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_weights_are_gone_before_the_next_block_is_loaded(opened, backwards):
+    stream, weak = stream_of(opened("llama")), None
+    states = [torch.zeros(1, 24, tiny.HIDDEN)] * 3
+    for block in stream.backwards(lambda index: states) if backwards else stream:
+        assert weak is None or weak() is None
+        weak = weakref.ref(block.linear(block.linears[0]).weight.data.untyped_storage())
+
+
 def test_a_loop_that_is_left_early_frees_its_block(opened):
     skeleton, _ = opened("llama")
     blocks = iter(stream_of(opened("llama")))
