@@ -38,7 +38,7 @@ from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.solve import solve, solve_quadratic
 from llmmpq.job import Job, open_job
 from llmmpq.measure.candidates import candidates_of
-from llmmpq.measuring import measure_pairs, measure_settings, measuring_dtype
+from llmmpq.measuring import measure_pairs, measure_settings
 from llmmpq.model.text import packaged_text
 from llmmpq.model.tokens import evaluation_windows
 from llmmpq.progress import Terminal
@@ -188,7 +188,7 @@ def main() -> None:
 def candidate_weights(job: Job) -> dict[tuple[str, int], torch.Tensor]:
     """The weights that the measuring pass tried, made once more."""
     options, settings, weights = job.session.options(), measure_settings(job), {}
-    for block in stream_of(job, follow_original=False, dtype=measuring_dtype(job), many=True):
+    for block in stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True):
         for spec, position, packed in candidates_of(block, options, settings, warnings=[]):
             weights[spec.name, position] = dequantized(packed, torch.float32).cpu()
     return weights

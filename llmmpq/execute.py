@@ -19,7 +19,7 @@ from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, pack_codes, quantize_linear
-from llmmpq.quantize.tune import Rounded
+from llmmpq.quantize.tune import Rounded, Tuned
 from llmmpq.records import LinearSpec, PackedTensor, Plan, Scheme
 from llmmpq.tuning import tune_block
 
@@ -62,10 +62,12 @@ def quantize_block(
     *,
     on_linear: Callable[[LinearSpec], None],
     options: Mapping[str, Sequence[Scheme]] | None = None,
+    metric_DD: torch.Tensor | None = None,
 ) -> BlockResult:
     """Quantize every linear of the block; on return its weights are what the next block must see.
 
-    With `options`, each linear is also quantized in the schemes it might have had, on the same inputs.
+    With `options`, each linear is also quantized in the schemes it might have had, on the same inputs. `metric_DD` is
+    what tuning measures the block's error in; without it the error is squared as it is.
     """
     packed: dict[str, PackedTensor] = {}
     notes: dict[str, dict[str, object]] = {}
@@ -129,27 +131,28 @@ def quantize_block(
                 block.linear(spec).weight.data = dequantized(quantized.packed, weight.dtype)
             on_linear(spec)
     if rounded:
-        _tune(block, rounded, settings, packed=packed, notes=notes)
+        tuned = tune_block(block, rounded, steps=settings.tune, metric_DD=metric_DD)
+        _take(tuned, block, list(rounded), settings, packed=packed, notes=notes)
     order = [spec.name for spec in block.linears]
     return BlockResult(packed={n: packed[n] for n in order}, notes={n: notes[n] for n in order}, others=others)
 
 
-def _tune(
+def _take(
+    tuned: Tuned | None,
     block: Block,
-    rounded: dict[str, Rounded],
+    names: Sequence[str],
     settings: ExecuteSettings,
     *,
     packed: dict[str, PackedTensor],
     notes: dict[str, dict[str, object]],
 ) -> None:
-    """Tune the linears that GPTQ or rounding has left in `rounded`; `packed`, `notes` and the block take the result."""
-    tuned = tune_block(block, rounded, steps=settings.tune)
+    """`packed`, `notes` and the block take what tuning has made of these linears."""
     if tuned is None:
-        for name in rounded:
+        for name in names:
             notes[name]["untuned"] = "no calibration text was free of NaN and inf"
         return
     specs = {spec.name: spec for spec in block.linears}
-    for name, matrix, changed in zip(rounded, tuned.matrices, tuned.changed_codes, strict=True):
+    for name, matrix, changed in zip(names, tuned.matrices, tuned.changed_codes, strict=True):
         notes[name]["tuned"] = {
             "kept": tuned.kept,
             "changed_codes": changed,

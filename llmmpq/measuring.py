@@ -94,7 +94,7 @@ def measure_pairs(job: Job) -> Sensitivity:
             yield spec, dequantized(packed, block.original_weights[spec.name].dtype)
 
     per_block = _options_per_block(job, options)
-    stream = stream_of(job, follow_original=False, dtype=measuring_dtype(job), many=True)
+    stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
         journal = RideJournal(stage, ride)
@@ -122,10 +122,11 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     plan's own options gave is kept for the final quantization.
     """
     options = job.session.options()
+    quantizer = job.session.recipe.to_dict()["quantizer"].items()
     inputs = _inputs(job) | {
         "probe tokens": job.tokens.probe.digest,
         "around": {name: linear.scheme.to_json() for name, linear in plan.linears.items()},
-        "quantizer settings": {k: v for k, v in job.session.recipe.to_dict()["quantizer"].items() if k != "tune"},
+        "quantizer settings": {key: value for key, value in quantizer if key not in ("tune", "tune_metric")},
     }
     stage = job.work.stage("measure-around", inputs)
     known = _known(stage)
@@ -133,7 +134,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
         return known
     # Options are measured untuned, so the plan that they are compared with is too.
     settings = dataclasses.replace(execute_settings(job.session), tune=0)
-    dtype = measuring_dtype(job)
+    dtype = job.session.measuring_dtype
     # In another arithmetic, or untuned, the blocks are not those of the final model.
     is_final = dtype == job.session.dtype and not job.session.recipe.quantizer.tune
     finished = quantize_stage(job, plan) if is_final else stage
@@ -177,7 +178,7 @@ def measure_every_pair(job: Job) -> Sensitivity:
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
     settings, warnings = measure_settings(job), list[str]()
-    stream = stream_of(job, follow_original=False, dtype=measuring_dtype(job), many=True, keep_loaded=True)
+    stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
         for block in stream:
@@ -249,12 +250,6 @@ def measure_settings(job: Job) -> MeasureSettings:
     )
 
 
-def measuring_dtype(job: Job) -> torch.dtype:
-    name = job.session.recipe.measurement.dtype
-    chosen: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
-    return chosen
-
-
 def _finished(
     job: Job,
     stage: Stage,
@@ -309,7 +304,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "quantizer settings": {
             key: value
             for key, value in recipe["quantizer"].items()
-            if key not in ("sequential", "correction", "algorithm", "tune")
+            if key not in ("sequential", "correction", "algorithm", "tune", "tune_metric")
         },
         "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
         "numerics": job.session.numerics(),

@@ -28,7 +28,7 @@ from llmmpq.inspection import explain_runtime, inspect_folder, plan_of
 from llmmpq.job import Job, open_job
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
-from llmmpq.preflight import check_disks, preflight
+from llmmpq.preflight import check_disks, metric_nbytes, preflight
 from llmmpq.progress import Once, Progress, Silent
 from llmmpq.publishing import push_folder
 from llmmpq.quantizing import quantize_blocks, quantize_stage
@@ -96,10 +96,9 @@ def quantize_model(
         else:
             plan = plan or choose_plan(job)
             made = dataclasses.replace(plan, provenance=provenance)
-            nbytes = made.nbytes
-            ranks.from_first(
-                lambda: check_disks(out, job.work.folder, output_nbytes=kept_nbytes + nbytes, journal_nbytes=nbytes)
-            )
+            nbytes, journal_nbytes = kept_nbytes + made.nbytes, made.nbytes + metric_nbytes(session)
+            work = job.work.folder
+            ranks.from_first(lambda: check_disks(out, work, output_nbytes=nbytes, journal_nbytes=journal_nbytes))
             stage = quantize_stage(job, made)
             resumed, notes = quantize_blocks(job, stage, made)
             plan, report = made, _report(job, made, notes)

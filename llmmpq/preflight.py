@@ -27,6 +27,7 @@ from llmmpq.allocate.problem import Problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
 from llmmpq.errors import CalibrationError, CheckpointError, InfeasibleBudgetError, RecipeError
+from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
@@ -63,9 +64,10 @@ def preflight(
     on_host = states_nbytes if recipe.run.activations == "host" else 0
     folder = Path.cwd() if out is None else out.resolve().parent
     work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
-    waiting_nbytes = _waiting_nbytes(session)
+    waiting_nbytes = max(_waiting_nbytes(session), _metric_states_nbytes(session))
     on_disk = waiting_nbytes if waiting_nbytes > recipe.measurement.memory_nbytes else 0
-    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=quantized_nbytes + on_disk)
+    journal_nbytes = quantized_nbytes + on_disk + metric_nbytes(session)
+    disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=journal_nbytes)
     work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
@@ -232,10 +234,30 @@ def _options_nbytes(session: Session) -> int:
 
 
 def _states_nbytes(session: Session) -> int:
-    hidden = session.skeleton.model.config.get_text_config().hidden_size
     quantizer = session.recipe.quantizer
     copies = 1 + (quantizer.sequential and (quantizer.correction > 0 or quantizer.tune > 0)) + (quantizer.tune > 0)
-    return copies * session.recipe.calibration.tokens * hidden * session.dtype.itemsize
+    return copies * session.recipe.calibration.tokens * _hidden(session) * session.dtype.itemsize
+
+
+def metric_nbytes(session: Session) -> int:
+    """What the output metric of all blocks takes in the work folder."""
+    return 4 * len(session.skeleton.block_names) * _hidden(session) ** 2 if _metric_tokens(session) else 0
+
+
+def _metric_states_nbytes(session: Session) -> int:
+    itemsize = session.measuring_dtype.itemsize
+    return len(session.skeleton.block_names) * _metric_tokens(session) * _hidden(session) * itemsize
+
+
+def _metric_tokens(session: Session) -> int:
+    quantizer = session.recipe.quantizer
+    if not quantizer.tune or quantizer.tune_metric == "plain":
+        return 0
+    return min(TOKENS, session.recipe.calibration.tokens)
+
+
+def _hidden(session: Session) -> int:
+    return int(session.skeleton.model.config.get_text_config().hidden_size)
 
 
 def _largest_tensor(session: Session) -> int:
@@ -256,6 +278,8 @@ def _estimate_seconds(session: Session) -> float | None:
         weights = sum(spec.num_weights for spec in specs)
         passes = 6 if recipe.quantizer.correction > 0 else 4
         total += passes * tokens * weights
+        # Forward twice, and backward to inputs.
+        total += (2 + NUM_DRAWS) * _metric_tokens(session) * weights
         # Forward, and backward to inputs and to weights.
         total += 3 * recipe.quantizer.tune * max(TOKENS_PER_STEP, recipe.calibration.window) * weights
         moments = sum(spec.shape[1] ** 2 for spec in specs)
@@ -321,10 +345,8 @@ def _waiting_nbytes(session: Session) -> int:
         return 0
     head, options = session.skeleton.head, session.options()
     num_candidates = sum(len(schemes) for name, schemes in options.items() if head is None or name != head.name)
-    hidden = session.skeleton.model.config.get_text_config().hidden_size
-    itemsize = 2 if recipe.measurement.dtype in ("bfloat16", "float16") else 4
     heads = 0 if head is None else (1 + len(options[head.name])) * head.num_weights
-    return (num_candidates * recipe.measurement.tokens * hidden + heads) * itemsize
+    return (num_candidates * recipe.measurement.tokens * _hidden(session) + heads) * session.measuring_dtype.itemsize
 
 
 def _multiplications_per_second(device: torch.device) -> float:

@@ -164,6 +164,7 @@ class Quantizer(_Checked):
     column_block: Positive = 128
     sweeps: Annotated[int, Rule("from 0 to 100", lambda number: 0 <= number <= 100)] = 3  # of descent after GPTQ
     tune: NotNegative = 0  # steps in which all linears of a block are tuned together, after they were quantized
+    tune_metric: Literal["output", "plain"] = "output"  # of the block's error: by its effect on the model, or as it is
 
 
 @dataclass(frozen=True, kw_only=True)

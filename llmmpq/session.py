@@ -83,6 +83,13 @@ class Session:
             scale_dtype=quantizer.scale_dtype,
         )
 
+    @property
+    def measuring_dtype(self) -> torch.dtype:
+        """Of everything that is measured by the model's output."""
+        name = self.recipe.measurement.dtype
+        chosen: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
+        return chosen
+
     def source_files(self) -> list[Path]:
         return [*self.checkpoint.files, self.folder / "config.json", *companion_files(self.folder)]
 

@@ -1,7 +1,8 @@
 """Tune a quantized block on the states that enter it, towards what the original block makes of the original states.
 
-The loss of a batch is the squared difference of the two outputs, each token's summed and divided by the mean energy
-of the original's tokens. Kept besides the block: one more copy of the states (the original's outputs), and for every
+The loss of a batch is the squared difference e of the two outputs, each token's summed and divided by the mean energy
+of the original's tokens; or e'Me with a metric M of mean eigenvalue 1, by what the rest of the model makes of e (see
+`measure/output_metric.py`). Kept besides the block: one more copy of the states (the original's outputs), and for every
 weight its code unrounded, its gradient and the two means of Adam.
 """
 
@@ -29,18 +30,23 @@ class BlockLoss:
     positions: Sequence[int]  # among the block's states
     targets: Sequence[torch.Tensor]
     energy: float  # of a token, mean
+    metric_DD: torch.Tensor | None
 
     def __call__(self, weights: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
         state = self.block.states[self.positions[batch]].to(self.block.device)
         with self.block.with_weights({n: w.to(self.dtype) for n, w in zip(self.names, weights, strict=True)}):
             output = self.block.call(state)
         target = self.targets[batch].to(self.block.device)
-        return (output.float() - target.float()).square().sum() / self.energy
+        error = output.float() - target.float()
+        weighed = error if self.metric_DD is None else error @ self.metric_DD
+        return (weighed * error).sum() / self.energy
 
 
-def tune_block(block: Block, matrices: Mapping[str, Rounded], *, steps: int) -> Tuned | None:
+def tune_block(
+    block: Block, matrices: Mapping[str, Rounded], *, steps: int, metric_DD: torch.Tensor | None = None
+) -> Tuned | None:
     """The block's linears by name, tuned; None when no batch of states can be used."""
-    loss = _loss_on(block, list(matrices))
+    loss = _loss_on(block, list(matrices), metric_DD)
     num_batches, _ = block.ranks.sum_numbers(len(loss.positions), 0)
     if not num_batches:
         return None
@@ -54,7 +60,7 @@ def tune_block(block: Block, matrices: Mapping[str, Rounded], *, steps: int) -> 
     return tune_matrices(list(matrices.values()), work, settings)
 
 
-def _loss_on(block: Block, names: Sequence[str]) -> BlockLoss:
+def _loss_on(block: Block, names: Sequence[str], metric_DD: torch.Tensor | None) -> BlockLoss:
     """Batches in which an output is NaN or infinite are left out: attention has spread what is wrong in them."""
     originals = block.states if block.original_states is None else block.original_states
     with block.with_original_weights():
@@ -76,4 +82,5 @@ def _loss_on(block: Block, names: Sequence[str]) -> BlockLoss:
         positions=positions,
         targets=targets,
         energy=all_energy / max(all_tokens, 1) or 1.0,
+        metric_DD=metric_DD,
     )

@@ -12,8 +12,6 @@ Where the output head is to be quantized it comes as a last block, whose outputs
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,11 +23,10 @@ from torch import nn
 from llmmpq.errors import UnsupportedModelError
 from llmmpq.model.around import Arguments, Around, EnoughSeenError, free_tensor, set_tensor
 from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.heap import give_back_freed_memory, keep_large_tensors_out_of_the_heap
 from llmmpq.model.skeleton import Skeleton
 from llmmpq.ranks import ALONE, Ranks
 from llmmpq.records import LinearSpec
-
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # from malloc.h
 
 InputHook = Callable[[LinearSpec, torch.Tensor], None]
 
@@ -242,27 +239,13 @@ class BlockStream:
         self.states_device = torch.device("cpu") if states_on_host else device
 
     def __iter__(self) -> Iterator[Block]:
-        _keep_large_tensors_out_of_the_heap()
+        keep_large_tensors_out_of_the_heap()
         skeleton = self.skeleton
         states, arguments, broadcasts = self._embed()
         original_states = list(states) if self.follow_original else None
-        for index, name in enumerate(skeleton.block_names):
-            module = skeleton.block(index)
-            self._load(module, skeleton.block_tensors(index), prefix=name + ".")
-            block = Block(
-                index=index,
-                name=name,
-                module=module,
-                linears=skeleton.block_linears(index),
-                states=states,
-                original_states=original_states,
-                original_weights={},
-                device=self.device,
-                call=_Caller(module, arguments[index], name, broadcasts=broadcasts),
-                broadcasts=broadcasts,
-                ranks=self.ranks,
-            )
-            block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
+        for index in range(len(skeleton.block_names)):
+            block = self._open(index, states, arguments[index], broadcasts=broadcasts)
+            block.original_states = original_states
             try:
                 yield block
                 if index + 1 < len(skeleton.block_names) or skeleton.head is not None:
@@ -274,9 +257,43 @@ class BlockStream:
             finally:
                 if not self.keep_loaded:
                     self._free(index)
-                    _give_back_freed_memory()
+                    give_back_freed_memory()
         if skeleton.head is not None:
             yield from self._head(skeleton.head, states, original_states)
+
+    def backwards(self, entering: Callable[[int], list[torch.Tensor]]) -> Iterator[Block]:
+        """The original blocks from the last to the first; `entering` knows the states that enter each of them."""
+        keep_large_tensors_out_of_the_heap()
+        _, arguments, broadcasts = self._embed()
+        for index in reversed(range(len(self.skeleton.block_names))):
+            block = self._open(index, entering(index), arguments[index], broadcasts=broadcasts)
+            try:
+                yield block
+                block.original_weights.clear()
+            finally:
+                self._free(index)
+                give_back_freed_memory()
+
+    def _open(
+        self, index: int, states: list[torch.Tensor], arguments: dict[int, Arguments], *, broadcasts: bool
+    ) -> Block:
+        name, module = self.skeleton.block_names[index], self.skeleton.block(index)
+        self._load(module, self.skeleton.block_tensors(index), prefix=name + ".")
+        block = Block(
+            index=index,
+            name=name,
+            module=module,
+            linears=self.skeleton.block_linears(index),
+            states=states,
+            original_states=None,
+            original_weights={},
+            device=self.device,
+            call=_Caller(module, arguments, name, broadcasts=broadcasts),
+            broadcasts=broadcasts,
+            ranks=self.ranks,
+        )
+        block.original_weights = {spec.name: block.linear(spec).weight.data for spec in block.linears}
+        return block
 
     def _head(
         self, head: LinearSpec, states: list[torch.Tensor], original_states: list[torch.Tensor] | None
@@ -301,13 +318,13 @@ class BlockStream:
             block.original_weights[head.name] = block.linear(head).weight.data
             yield block
             block.original_weights.clear()
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     def release(self) -> None:
         """Give up what `keep_loaded` kept."""
         for index in range(len(self.skeleton.block_names)):
             self._free(index)
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     def _free(self, index: int) -> None:
         prefix = self.skeleton.block_names[index] + "."
@@ -367,24 +384,3 @@ class _Caller:
                 "blocks must keep the shape"
             )
         return hidden
-
-
-def _keep_large_tensors_out_of_the_heap() -> None:
-    """Have glibc give large tensors pages of their own, which go back to the system when they are freed.
-
-    By default glibc raises that threshold to 32 MB as tensors are freed, and keeps smaller ones in a heap that
-    fragments a little more with every block: the peak then grows with the number of blocks. Much below 8 MB the
-    zeroing of fresh pages costs small models a quarter of their time. The top of the heap is kept for the next tensor
-    and given back after each block.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no mallopt, and less need of it
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
-            libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
-
-
-def _give_back_freed_memory() -> None:
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)

@@ -39,15 +39,24 @@ def test_the_report_says_what_tuning_did(reference: Path) -> None:
     assert any(note["changed_codes"] > 0 for note in notes)
 
 
-@pytest.mark.parametrize("after", ["block-0000", "block-0002"])
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [("metric", "block-0001"), ("metric", "block-0000"), ("quantize", "block-0000"), ("quantize", "block-0002")],
+)
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    after: str, model: Path, calibration_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    after: str,
+    model: Path,
+    calibration_file: Path,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write: Callable[..., Any] = Stage.write
 
     def interrupting(self: Stage, name: str, *args: Any, **options: Any) -> Any:
         result = write(self, name, *args, **options)
-        if name == after:
+        if name == after and self.folder.name.startswith(stage):
             raise Interrupted
         return result
 
@@ -58,6 +67,41 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
             quantize_model(recipe, out=tmp_path / "out")
     quantize_model(recipe, out=tmp_path / "out")
     assert digests(tmp_path / "out") == digests(reference)
+
+
+def test_the_metric_is_measured_once_and_again_where_it_is_damaged(
+    model: Path, calibration_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write: Callable[..., Any] = Stage.write
+
+    def recording(self: Stage, name: str, *args: Any, **options: Any) -> Any:
+        if self.folder.name.startswith("metric"):
+            written.append(name)
+        return write(self, name, *args, **options)
+
+    monkeypatch.setattr(Stage, "write", recording)
+    work = tmp_path / "work"
+    for bits in (4, 3):
+        recipe = recipe_of(model, calibration_file, budget__bits=bits)
+        quantize_model(recipe, out=tmp_path / f"{bits}", work_dir=work)
+    assert written == ["block-0002", "block-0001", "block-0000"]
+    assert digests(tmp_path / "3") == digests(reference)
+    (damaged,) = work.glob("*/metric-*/block-0001.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    quantize_model(recipe, out=tmp_path / "again", work_dir=work)
+    assert len(written) == 6
+    assert digests(tmp_path / "again") == digests(reference)
+    assert not list(work.glob("*/metric-*/outputs*"))
+
+
+def test_the_plain_metric_needs_no_measurement_and_gives_another_model(
+    model: Path, calibration_file: Path, reference: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(model, calibration_file, quantizer__tune_metric="plain")
+    quantize_model(recipe, out=tmp_path / "out", work_dir=tmp_path / "work")
+    assert not list((tmp_path / "work").glob("*/metric-*"))
+    assert digests(tmp_path / "out")["model.safetensors"] != digests(reference)["model.safetensors"]
 
 
 def test_around_a_plan_is_measured_untuned(

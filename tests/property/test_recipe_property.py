@@ -63,6 +63,7 @@ RECIPES = st.builds(
         correction=st.floats(min_value=0, max_value=1),
         column_block=COUNTS,
         tune=st.integers(0, 10**6),
+        tune_metric=st.sampled_from(["output", "plain"]),
     ),
     output=st.builds(
         Output,

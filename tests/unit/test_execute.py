@@ -6,6 +6,7 @@ import torch
 from llmmpq.errors import CalibrationError
 from llmmpq.execute import ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.measure.moments import Moment
+from llmmpq.measure.output_metric import mixed_metric
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import BlockStream
@@ -331,6 +332,31 @@ def test_tuning_brings_a_block_closer_to_the_original_and_says_what_it_did(opene
     assert max(note["tuned"]["changed_codes"] for note in result.notes.values()) > 0
     assert fallbacks(list(result.notes.items())) == []
     blocks.close()
+
+
+def test_tuning_lowers_the_error_that_the_metric_sees(opened):
+    """Eight directions that the first block's output has, and nothing else, beside a little of all."""
+    rows = torch.randn(8, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+    metric = mixed_metric(rows.t() @ rows)
+    errors = []
+    for used in (None, metric):
+        blocks = iter(stream_of(opened(), settings_of(tune=1)))
+        block = next(blocks)
+        quantize_block(
+            block,
+            plan_of(opened()[0]),
+            settings_of(use_gptq=False, tune=60),
+            on_linear=lambda _spec: None,
+            metric_DD=used,
+        )
+        with block.with_original_weights():
+            targets = list(block.run(block.original_states))
+        error = torch.cat([(a - b).flatten(0, 1) for a, b in zip(block.run(), targets, strict=True)])
+        errors.append([float(((error @ weigh) * error).sum()) for weigh in (torch.eye(tiny.HIDDEN), metric)])
+        blocks.close()
+    plain, weighed = errors
+    assert weighed[1] < 0.8 * plain[1]
+    assert weighed[0] > plain[0]
 
 
 def test_tuning_that_does_not_help_is_not_kept_and_is_noted(opened):

@@ -93,6 +93,19 @@ def test_check_adds_what_one_disk_must_hold(model, disks, tmp_path):
     assert found["problems"] == []
 
 
+def test_the_output_metric_is_counted_where_it_is_measured(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "_multiplications_per_second", lambda device: 1e6)
+    plain, output, untuned = (
+        check(recipe_for(model, quantizer__tune=steps, quantizer__tune_metric=metric), out=tmp_path / "out")
+        for steps, metric in ((1, "plain"), (1, "output"), (0, "output"))
+    )
+    num_blocks, hidden = plain["num_blocks"], tiny.HIDDEN
+    assert output["disk_nbytes"] - plain["disk_nbytes"] == 4 * num_blocks * hidden**2
+    assert output["ram_nbytes"] >= plain["ram_nbytes"]
+    assert output["seconds"] > plain["seconds"] > untuned["seconds"]
+    assert untuned["disk_nbytes"] == plain["disk_nbytes"]
+
+
 # Time
 
 

@@ -13,7 +13,9 @@ from llmmpq import cli, session
 from llmmpq.errors import CalibrationError, RecipeError
 from llmmpq.measure.block_loss import _num_probe_batches, _relative_error
 from llmmpq.measure.moments import Moment
+from llmmpq.measure.output_metric import measure_output_metric
 from llmmpq.measure.perturb import _Sums
+from llmmpq.measure.states import StateStore
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import Block, BlockStream
@@ -225,6 +227,30 @@ def test_only_the_first_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with WorkDir(tmp_path / "work") as work:  # the same inputs lead to the same place
         assert work.stage("measure", {"x": 1}).folder == stage.folder
+
+
+def test_the_output_metric_is_that_of_all_windows(tmp_path):
+    folder = tiny.save("llama", tmp_path)
+    checkpoint, windows = Checkpoint.open(folder), tiny.token_ids(5, 12)
+    skeleton = build_skeleton(folder, checkpoint)
+
+    def metric(ranks: Ranks) -> dict[int, torch.Tensor]:
+        stream = BlockStream(skeleton, checkpoint, windows, device=CPU, dtype=torch.float32, ranks=ranks)
+        shapes = [(12, tiny.HIDDEN)] * len(stream.windows)
+        rows = len(skeleton.block_names)
+        store = StateStore(
+            num_rows=rows, window_shapes=shapes, dtype=torch.float32, place="host", device=CPU, folder=tmp_path
+        )
+        found: dict[int, torch.Tensor] = {}
+        measure_output_metric(stream, store, on_pass=lambda: None, save=found.__setitem__)
+        return found
+
+    alone = metric(ALONE)
+    one, two = pair()
+    metric(one)
+    shared = metric(two)
+    for index, expected in alone.items():
+        assert torch.equal(shared[index], expected)
 
 
 class TestDevices:

@@ -107,6 +107,24 @@ def test_after_the_loop_all_is_on_meta_again(opened, name):
     assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
 
 
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_backwards_the_blocks_are_the_same_one_at_a_time(opened, name):
+    skeleton, _ = opened(name)
+    entering, leaving = [], []
+    for block in stream_of(opened(name), batch=2):
+        entering.append(list(block.states))
+        leaving.append(list(block.run()))
+    indices = []
+    for block in stream_of(opened(name), batch=2).backwards(lambda index: entering[index]):
+        indices.append(block.index)
+        loaded = {n for n, p in skeleton.model.named_parameters() if not p.is_meta}
+        assert loaded
+        assert all(n.startswith(block.name + ".") for n in loaded)
+        assert all(torch.equal(one, two) for one, two in zip(block.run(), leaving[block.index], strict=True))
+    assert indices == list(reversed(range(len(skeleton.block_names))))
+    assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+
+
 def test_a_loop_that_is_left_early_frees_its_block(opened):
     skeleton, _ = opened("llama")
     blocks = iter(stream_of(opened("llama")))
@@ -128,6 +146,21 @@ def test_weights_of_a_passed_block_are_not_held(opened):
         weak = [weakref.ref(tensor) for tensor in block.original_weights.values()]
         weak += [weakref.ref(parameter) for parameter in block.module.parameters()]
     assert len(weak) > 7
+
+
+def test_backwards_they_are_gone_before_the_next_are_loaded(opened):
+    weak, seen = [], []
+
+    def entering(index):
+        gc.collect()
+        seen.append([ref() for ref in weak])
+        return [torch.zeros(1, 24, tiny.HIDDEN)] * len(WINDOWS)
+
+    for block in stream_of(opened("llama")).backwards(entering):
+        weak = [weakref.ref(tensor) for tensor in block.original_weights.values()]
+        weak += [weakref.ref(parameter) for parameter in block.module.parameters()]
+    assert len(weak) > 7
+    assert seen == [[], [None] * len(weak), [None] * len(weak)]
 
 
 def test_a_block_that_is_kept_does_not_keep_its_weights(opened):

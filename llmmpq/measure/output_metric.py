@@ -1,0 +1,150 @@
+"""How much each direction of a block's output matters to the model's output.
+
+In: the unchanged blocks and some calibration windows. Out: for each block G = E[g g'], where g is the gradient, by one
+token's output of the block, of sum_t log p(y_t): p are the model's own next-token probabilities at each position t of
+the window, y_t is drawn from them. As this is the Fisher information, an error e of that output costs about e'Ge / 2
+in KL, as far as the errors of different tokens do not meet. With the text's own tokens in place of draws it would be no
+curvature of the KL (Kunstner et al., 2019).
+
+One pass forward keeps the states between blocks. Norm and head give the gradients by the last block's output, a few
+tokens at a time; then the blocks come again from the last to the first, and each turns the gradients by its output into
+those by its input: one forward, and one pass backward for each draw. One block is in memory at a time. The states
+entering block 0 are nobody's output, so that block runs only forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llmmpq.measure.moments import Moment
+from llmmpq.measure.perturb import CHUNK_NUM_LOGITS
+from llmmpq.measure.states import StateStore
+from llmmpq.model.around import Around
+from llmmpq.model.stream import Block, BlockStream
+
+# Legend: T tokens, D hidden, V vocabulary, S draws.
+TOKENS = 4096
+NUM_DRAWS = 2  # per token: another costs one more pass backward, another token also the passes forward
+COPIES_OF_LOGITS = 8  # in float32: the logits, their probabilities, in float64 their running sum, and gradients
+# Of G in what tuning minimises. The rest is the plain error: G is known from few tokens, and least where it is small.
+METRIC_SHARE = 0.9
+
+SaveMetric = Callable[[int, torch.Tensor], None]
+
+
+def measure_output_metric(
+    stream: BlockStream, store: StateStore, *, on_pass: Callable[[], None], save: SaveMetric
+) -> None:
+    """`save(l, G)` for each block, the last one first. `stream` has one window per batch, `store` a row per block."""
+    windows, last = range(len(stream.windows)), len(stream.skeleton.block_names) - 1
+    _keep_outputs(stream, store, on_pass)
+    gradients = [gradient.to(stream.states_device) for gradient in _by_last_output(stream, store, on_pass)]
+    save(last, _second_moment(stream, last, gradients))
+    if last == 0:
+        return
+    for block in stream.backwards(lambda index: [store.read(window, _row(index - 1)) for window in windows]):
+        for window, state in enumerate(block.states):
+            gradients[window] = pull_back(block, state, gradients[window]).to(stream.states_device)
+            on_pass()
+        save(block.index - 1, _second_moment(stream, block.index - 1, gradients))
+        if block.index == 1:
+            break
+
+
+def num_passes(num_blocks: int, num_windows: int) -> int:
+    """How often `on_pass` is called: forward, head, backward."""
+    return 2 * num_blocks * num_windows  # backward one block less, and the head
+
+
+def mixed_metric(metric_DD: torch.Tensor) -> torch.Tensor:
+    """What tuning measures errors in: mostly G, scaled so that its mean eigenvalue is that of the identity, 1."""
+    identity_DD = torch.eye(len(metric_DD), device=metric_DD.device)
+    mean = float(metric_DD.diagonal().double().mean())
+    if mean == 0:  # no output depends on the block
+        return identity_DD
+    return identity_DD.mul_(1 - METRIC_SHARE).add_(metric_DD, alpha=METRIC_SHARE / mean)
+
+
+def pull_back(block: Block, state: torch.Tensor, gradients_STD: torch.Tensor) -> torch.Tensor:
+    """Gradients by the block's input from those by its output, for one sequence."""
+    state = state.detach().to(block.device).requires_grad_()
+    with torch.enable_grad():
+        output = block.call(state)
+    last = len(gradients_STD) - 1
+    found = [
+        torch.autograd.grad(output, state, gradient_TD[None].to(output), retain_graph=draw < last)[0]
+        for draw, gradient_TD in enumerate(gradients_STD)
+    ]
+    return torch.cat(found)
+
+
+def draw_tokens(logits_TV: torch.Tensor, uniform_ST: torch.Tensor) -> torch.Tensor:
+    """Next tokens [S, T]: where the running sum of the probabilities passes the uniform number."""
+    running_TV = logits_TV.double().softmax(-1).cumsum(-1)
+    wanted_TS = uniform_ST.t().to(running_TV) * running_TV[:, -1:]
+    return torch.searchsorted(running_TV, wanted_TS.contiguous(), right=True).clamp_(max=logits_TV.shape[1] - 1).t()
+
+
+def _keep_outputs(stream: BlockStream, store: StateStore, on_pass: Callable[[], None]) -> None:
+    last = len(stream.skeleton.block_names) - 1
+    for block in stream:
+        if block.index > 0:
+            for window, state in enumerate(block.states):
+                store.write(window, _row(block.index - 1), state)
+        if block.index == last:
+            for window, output in enumerate(block.run()):
+                store.write(window, _row(last), output)
+        for _ in block.states:
+            on_pass()
+        if block.index == last:  # a head that is to be quantized would follow as one more block
+            break
+
+
+def _by_last_output(stream: BlockStream, store: StateStore, on_pass: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """For each window the gradients [S, T, D] by the output of the last block."""
+    row = _row(len(stream.skeleton.block_names) - 1)
+    with stream.around() as around:
+        with torch.no_grad():
+            around.embed(stream.windows[:1].to(stream.device))
+        for window, ids in enumerate(stream.windows):
+            # A seed for each window by its place among all windows, whoever takes it.
+            generator = torch.Generator().manual_seed(stream.ranks.rank + stream.ranks.num * window)
+            uniform_ST = torch.rand(NUM_DRAWS, len(ids), generator=generator, dtype=torch.float64)
+            step = max(1, CHUNK_NUM_LOGITS // (COPIES_OF_LOGITS * _vocabulary(stream)))
+            chunks = (slice(start, start + step) for start in range(0, len(ids), step))
+            found = [_through_head(around, store.read(window, row, some), uniform_ST[:, some]) for some in chunks]
+            yield torch.cat(found, dim=1)
+            on_pass()
+
+
+def _through_head(around: Around, states_1TD: torch.Tensor, uniform_ST: torch.Tensor) -> torch.Tensor:
+    states_1TD = states_1TD.detach().requires_grad_()
+    with torch.enable_grad():
+        logits_1TV = around.logits(states_1TD)
+    logits_TV = logits_1TV[0].detach().float()
+    p_TV = logits_TV.softmax(-1)
+    found: list[torch.Tensor] = []
+    for draw, tokens_T in enumerate(draw_tokens(logits_TV, uniform_ST)):
+        # Of log p(y) by the logits: 1 at y, less the probabilities.
+        change_TV = (-p_TV).scatter_add_(1, tokens_T[:, None], torch.ones_like(p_TV[:, :1]))
+        keep = draw + 1 < len(uniform_ST)
+        found += torch.autograd.grad(logits_1TV, states_1TD, change_TV[None].to(logits_1TV), retain_graph=keep)
+    return torch.cat(found)
+
+
+def _second_moment(stream: BlockStream, index: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """E[g g'] over tokens and draws of all processes. Gradients with NaN or inf are left out."""
+    moment = Moment(gradients[0].shape[-1], device=stream.device, ranks=stream.ranks)
+    for gradient_STD in gradients:
+        moment.add(gradient_STD.to(stream.device))
+    return moment.means(f"the output metric of {stream.skeleton.block_names[index]}")[0]
+
+
+def _row(index: int) -> slice:
+    return slice(index, index + 1)
+
+
+def _vocabulary(stream: BlockStream) -> int:
+    return int(stream.skeleton.model.config.get_text_config().vocab_size)

@@ -1,0 +1,90 @@
+"""The output metric of a session's blocks, measured once for its calibration tokens and kept in the work folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from llmmpq.errors import CheckpointError
+from llmmpq.job import Job
+from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS, measure_output_metric, num_passes
+from llmmpq.measure.states import Place, StateStore
+from llmmpq.model.stream import BlockStream
+from llmmpq.session import Session
+from llmmpq.workdir import Stage
+
+
+def metric_stage(job: Job) -> Stage:
+    """Where each block's metric lies. Measured anew where one of them is missing or damaged.
+
+    Nothing of an interrupted measurement is taken over: all of it takes about as long as four steps of tuning.
+    """
+    session, ranks = job.session, job.session.ranks
+    stage = job.work.stage("metric", _inputs(job))
+    num_blocks = len(session.skeleton.block_names)
+    if all(stage.load_block(index) is not None for index in range(num_blocks)):
+        return stage
+    stream = BlockStream(
+        session.skeleton,
+        session.checkpoint,
+        job.tokens.calibration.ids[: _num_windows(session, len(job.tokens.calibration.ids))],
+        device=session.device,
+        dtype=session.measuring_dtype,
+        states_on_host=session.recipe.run.activations == "host",
+        ranks=ranks,
+    )
+    store = _store_for(session, stream, stage)
+    try:
+        with job.progress.task("output metric", num_passes(num_blocks, len(stream.windows)), "block passes") as advance:
+            measure_output_metric(
+                stream,
+                store,
+                on_pass=lambda: advance(1),
+                save=lambda index, metric_DD: stage.save_block(index, {}, {"metric": metric_DD}),
+            )
+    finally:
+        store.close()
+    return stage
+
+
+def load_metric(stage: Stage, index: int) -> torch.Tensor:
+    loaded = stage.load_block(index)
+    if loaded is None:
+        raise CheckpointError(f"{stage.block_file(index)} vanished or was damaged: run the same command again")
+    return loaded[1]["metric"]
+
+
+def _num_windows(session: Session, num_windows: int) -> int:
+    """As many windows as the metric's tokens fill, at least one for each process."""
+    wanted = math.ceil(TOKENS / session.recipe.calibration.window)
+    return min(num_windows, max(wanted, session.ranks.num))
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    return {
+        "model": job.model_digests,
+        "calibration tokens": job.tokens.calibration.digest,
+        "metric settings": {
+            "tokens": TOKENS,
+            "draws": NUM_DRAWS,
+            "dtype": str(job.session.measuring_dtype).removeprefix("torch."),
+        },
+        "numerics": job.session.numerics(),
+    }
+
+
+def _store_for(session: Session, stream: BlockStream, stage: Stage) -> StateStore:
+    num_blocks, hidden = len(session.skeleton.block_names), session.skeleton.model.config.get_text_config().hidden_size
+    nbytes = num_blocks * stream.windows.numel() * hidden * stream.dtype.itemsize
+    place: Place = "host" if nbytes <= session.recipe.measurement.memory_nbytes else "disk"
+    return StateStore(
+        num_rows=num_blocks,
+        window_shapes=[(stream.windows.shape[1], hidden)] * len(stream.windows),
+        dtype=stream.dtype,
+        place=place,
+        device=stream.device,
+        folder=stage.folder,
+        name=f"outputs-{session.ranks.rank}",
+    )

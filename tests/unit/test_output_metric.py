@@ -1,0 +1,152 @@
+"""The metric of each block against gradients through the whole model, for every promised architecture."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmmpq.errors import CalibrationError
+from llmmpq.measure import output_metric
+from llmmpq.measure.output_metric import NUM_DRAWS, draw_tokens, measure_output_metric, mixed_metric, num_passes
+from llmmpq.measure.states import StateStore
+from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.skeleton import build_skeleton
+from llmmpq.model.stream import BlockStream
+from tests import tiny
+
+CPU = torch.device("cpu")
+# Longer than the sliding window of 16, so that a mask that was lost or taken from another layer shows.
+WINDOWS = tiny.token_ids(3, 24)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    known = {}
+
+    def open_(name: str):
+        if name not in known:
+            folder = tiny.save(name, tmp_path_factory.mktemp(name))
+            checkpoint = Checkpoint.open(folder)
+            known[name] = build_skeleton(folder, checkpoint), checkpoint
+        return known[name]
+
+    return open_
+
+
+def measured(opened, folder, *, place="host", dtype=torch.float32, windows=WINDOWS):
+    """G of each block, and how often a pass was told of."""
+    skeleton, checkpoint = opened
+    stream = BlockStream(skeleton, checkpoint, windows, device=CPU, dtype=dtype)
+    store = StateStore(
+        num_rows=len(skeleton.block_names),
+        window_shapes=[(windows.shape[1], tiny.HIDDEN)] * len(windows),
+        dtype=dtype,
+        place=place,
+        device=CPU,
+        folder=folder,
+    )
+    found, passes = {}, []
+    measure_output_metric(stream, store, on_pass=lambda: passes.append(1), save=found.__setitem__)
+    store.close()
+    assert list(found) == list(reversed(range(len(skeleton.block_names))))
+    return found, len(passes)
+
+
+def metric_by_autograd(opened):
+    """The same through the model as transformers loads and runs it, with all in memory."""
+    skeleton, checkpoint = opened
+    model, outputs = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval(), []
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    for name in skeleton.block_names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+        )
+    sums = [torch.zeros(tiny.HIDDEN, tiny.HIDDEN, dtype=torch.float64) for _ in skeleton.block_names]
+    for window, ids in enumerate(WINDOWS):
+        outputs.clear()
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        generator = torch.Generator().manual_seed(window)
+        uniform = torch.rand(NUM_DRAWS, len(ids), generator=generator, dtype=torch.float64)
+        for tokens in draw_tokens(logits.detach(), uniform):
+            likelihood = logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(likelihood, outputs, retain_graph=True), strict=True):
+                total += (gradient[0].t() @ gradient[0]).double()
+    return [total / (NUM_DRAWS * WINDOWS.numel()) for total in sums]
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_it_is_what_gradients_through_the_whole_model_give(opened, name, tmp_path):
+    found, passes = measured(opened(name), tmp_path)
+    assert passes == num_passes(len(found), len(WINDOWS))
+    for index, expected in enumerate(metric_by_autograd(opened(name))):
+        metric = found[index].double()
+        assert torch.equal(metric, metric.t())
+        assert float((metric - expected).norm()) < 1e-4 * float(expected.norm())
+
+
+def test_equal_bits_again_and_with_the_states_on_disk(opened, tmp_path):
+    one, two, on_disk = (measured(opened("qwen2"), tmp_path, place=place)[0] for place in ("host", "host", "disk"))
+    for index, metric in one.items():
+        assert torch.equal(metric, two[index])
+        assert torch.equal(metric, on_disk[index])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_head_takes_a_few_tokens_at_a_time(opened, tmp_path, monkeypatch):
+    whole, _ = measured(opened("gemma3"), tmp_path)
+    monkeypatch.setattr(output_metric, "CHUNK_NUM_LOGITS", 7 * output_metric.COPIES_OF_LOGITS * tiny.VOCAB)
+    some, _ = measured(opened("gemma3"), tmp_path)
+    for index, metric in whole.items():
+        torch.testing.assert_close(some[index], metric, rtol=1e-4, atol=1e-7)
+
+
+def test_blocks_are_freed_and_take_no_gradients(opened, tmp_path):
+    skeleton, _ = opened("llama")
+    measured(opened("llama"), tmp_path)
+    for parameter in skeleton.model.parameters():
+        assert parameter.device.type == "meta"
+        assert parameter.grad is None
+
+
+def test_sixteen_bits_come_close(opened, tmp_path):
+    exact, _ = measured(opened("llama"), tmp_path)
+    rough, _ = measured(opened("llama"), tmp_path, dtype=torch.bfloat16)
+    for index, metric in exact.items():
+        assert rough[index].dtype == torch.float32
+        assert float((rough[index] - metric).norm()) < 0.3 * float(metric.norm())  # some draws are others
+
+
+def test_a_model_that_diverges_is_an_error(opened, tmp_path, monkeypatch):
+    load = BlockStream._load
+
+    def spoil(self, module, names, *, prefix):
+        load(self, module, names, prefix=prefix)
+        if names:
+            next(iter(module.parameters())).data.fill_(float("nan"))
+
+    monkeypatch.setattr(BlockStream, "_load", spoil)
+    with pytest.raises(CalibrationError, match=r"output metric of model\.layers\.2 is NaN or infinite"):
+        measured(opened("llama"), tmp_path)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(5000, -1)
+    uniform = torch.rand(2, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = Counter(draw_tokens(logits, uniform).flatten().tolist())
+    assert 1 not in counts
+    for token, share in ((0, 0.5), (2, 0.3), (3, 0.2)):
+        assert counts[token] / 10000 == pytest.approx(share, abs=0.02)
+    edges = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
+    assert draw_tokens(logits[:2], edges).tolist() == [[0, 3]]
+
+
+def test_mixed_with_the_identity():
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
+    mixed = mixed_metric(rows.t() @ rows)
+    assert float(mixed.trace()) == pytest.approx(8)
+    smallest, largest = torch.linalg.eigvalsh(mixed)[[0, -1]].tolist()
+    assert 0.1 < smallest < 1 < largest
+    assert torch.equal(mixed_metric(torch.zeros(8, 8)), torch.eye(8))
