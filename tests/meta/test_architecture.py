@@ -1,9 +1,9 @@
 """The architecture, held by machine: import contracts, a torch-free front, kernels that stand alone."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,12 +44,14 @@ def test_importing_it_leaves_torch_alone(module: str) -> None:
 def test_help_is_instant_and_leaves_torch_alone() -> None:
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = run_python("-m", "llmmpq", "--help")
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Of computing: the clock on the wall also counts what else the machine does.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == 0, result.stderr
         assert "quantize" in result.stdout
-    # The goal is 0.5 s; the rest is slack for a busy two-core machine.
+    # The goal is 0.5 s; the rest is slack for a slow machine.
     assert min(seconds) < 1.0
 
     imported = run_python("-X", "importtime", "-m", "llmmpq", "--help").stderr
