@@ -19,7 +19,7 @@ from llmmpq.workdir import Stage
 def metric_stage(job: Job) -> Stage:
     """Where each block's metric lies. Measured anew where one of them is missing or damaged.
 
-    Nothing of an interrupted measurement is taken over: all of it takes about as long as four steps of tuning.
+    Nothing of an interrupted measurement is taken over: all of it takes about as long as ten steps of tuning.
     """
     session, ranks = job.session, job.session.ranks
     stage = job.work.stage("metric", _inputs(job))
