@@ -37,10 +37,8 @@ NAMES = [
         for cap in (80, 90)
     ),
     *(f"gemm {rows} rows sm_{cap}" for rows in (16, 512) for cap in (80, 90)),
-    "dequantized 3 sm_80",
-    "dequantized 3 sm_90",
-    "add_splits sm_80",
-    "add_splits sm_90",
+    *(f"{kernel} sm_{cap}" for kernel in ("dequantized 3", "add_splits") for cap in (80, 90)),
+    *(f"{kernel} of ones sm_{cap}" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits") for cap in (80, 90)),
 ]
 
 

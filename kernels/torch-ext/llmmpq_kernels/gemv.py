@@ -147,16 +147,19 @@ def gemv_kernel(
     MIXED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):
-    """`chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be."""
+    """`chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be.
+
+    A size of 1 reaches a kernel as a constant, not a tensor: no method of a tensor is called on a size.
+    """
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the last one again: no mask in the loop, and nothing of them is stored.
     safe_N = tl.minimum(n_N, num_n - 1)
-    row_N = words_ptr + safe_N.to(tl.int64) * (row_words.to(tl.int64) * ALIGN)
+    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
     zero_words = (num_n + 31) // 32
     acc_MNC = tl.zeros((M, BLOCK_N, BLOCK_C), tl.float32)
     first_word = 0
     first_group = 0
-    first_zero = num_n.to(tl.int64) * 0
+    first_zero = tl.full((), 0, tl.int64)
     first_block = 0
     for run in tl.static_range(len(WIDTHS)):
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
@@ -221,8 +224,10 @@ def add_splits_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < plane
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(split):
-        total += tl.load(partial_ptr + part * plane.to(tl.int64) + place, mask=inside, other=0.0)
+    source = place
+    for _ in range(split):
+        total += tl.load(partial_ptr + source, mask=inside, other=0.0)
+        source += plane
     if HAS_BIAS:
         total += tl.load(bias_ptr + place % num_n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
