@@ -1,10 +1,13 @@
 """The compiled loops for CPUs against float64 and the reference, and what happens where nothing can be compiled."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from llmmpq_kernels import cpu, native
+from llmmpq_kernels.operands import MisfitError
 from tests.kernels.matrices import MIXES, Case, cases, relative_error, weights_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="matrices of these tests are on the GPU")
@@ -60,6 +63,32 @@ def test_strided_activations():
     case = Case(rows=6, shape=(33, 96), widths=(4,), group_size=32, dtype=torch.float32)
     operands, x = case.operands(), case.x()
     assert torch.equal(cpu.multiply(x.T.contiguous().T, operands), cpu.multiply(x, operands))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("words", lambda t: t.to("meta"), "words is on meta"),
+        ("zeros", lambda t: t.to("meta"), "zeros is on meta"),
+        ("words", lambda t: t[:-1], r"words is torch.int32 \[39, 10\], .* needs torch.int32 \[40, 10\]"),
+        ("words", lambda t: t.long(), "words is torch.int64"),
+        ("scales", lambda t: t.float(), "scales is torch.float32"),
+        ("scales", lambda t: t[:, :-1], "scales is"),
+        ("zeros", lambda t: t[:-1], "zeros is"),
+        ("order", lambda t: t[:-1], "order is"),
+        ("order", lambda _: None, "no order is given"),
+        ("words", lambda t: t.T.contiguous().T, "words must lie in memory"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_they_are_read(name, change, said):
+    case = Case(rows=1, shape=(40, 96), widths=(2, 4), group_size=32, dtype=torch.float32)
+    operands = case.operands()
+    broken = dataclasses.replace(operands, **{name: change(getattr(operands, name))})
+    with pytest.raises(MisfitError, match=said):
+        cpu.multiply(case.x(), broken)
+    with pytest.raises(MisfitError, match="takes 96 columns"):
+        cpu.multiply(case.x()[:, :64], operands)
 
 
 @pytest.fixture

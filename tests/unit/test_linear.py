@@ -80,6 +80,13 @@ def test_wrong_input_size_is_refused():
         linear(torch.randn(2, 71))
 
 
+def test_a_matrix_without_data_is_refused():
+    linear = PackedLinear((64, 64), Scheme(bits=4, group_size=32))
+    with pytest.raises(KernelUnavailableError, match=r"is on meta, its input on cpu.*holds no data"):
+        linear(torch.randn(1, 64))
+    assert linear(torch.empty(1, 64, device="meta")).shape == (1, 64)
+
+
 def test_built_empty_on_meta_or_a_device():
     scheme = Scheme(bits=3, group_size=32)
     linear = PackedLinear(SHAPE, scheme, has_bias=True, bias_dtype=torch.bfloat16)

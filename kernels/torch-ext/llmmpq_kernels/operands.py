@@ -20,6 +20,10 @@ MOST_RUNS = 4
 WORDS_PER_LOAD = 4  # 16 bytes, the longest load of a thread
 
 
+class MisfitError(ValueError):
+    """Tensors that are not what their shape, runs and group size call for, or not where they can be read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operands:
     """The stored tensors of a matrix [N, K]; `runs` is (bits, groups) in stored order, one pair where it is uniform."""
