@@ -95,13 +95,15 @@ def weights_of(operands: Operands, dtype: torch.dtype = torch.float32) -> torch.
 def relative_error(y_MN: torch.Tensor, x_MK: torch.Tensor, operands: Operands) -> float:
     """The largest error of a row against float64, as a share of the row's length. NaN stays NaN.
 
-    A row whose sums cancel is measured by the length that they would have with random signs.
+    A row whose sums cancel is measured by the length that they would have with random signs, one of a matrix that is
+    zero by the least float32: it must be zero.
     """
     x, weights_NK = x_MK.double(), weights_of(operands).double()
     wanted_MN, squares_MN = x @ weights_NK.T, x**2 @ (weights_NK**2).T
     if operands.bias is not None:
         wanted_MN += operands.bias.double()
     length_M = torch.maximum(wanted_MN.norm(dim=1), squares_MN.sum(dim=1).sqrt())
+    length_M = length_M.clamp(min=torch.finfo(torch.float32).tiny)
     return float(((y_MN.double() - wanted_MN).norm(dim=1) / length_M).max())
 
 

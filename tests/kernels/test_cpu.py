@@ -1,4 +1,4 @@
-"""The compiled loops for CPUs against float64 and the reference, and what happens where nothing can be compiled."""
+"""The compiled loops for CPUs against float64 and the reference."""
 
 import dataclasses
 
@@ -89,36 +89,3 @@ def test_tensors_that_do_not_fit_are_refused_before_they_are_read(name, change, 
         cpu.multiply(case.x(), broken)
     with pytest.raises(MisfitError, match="takes 96 columns"):
         cpu.multiply(case.x()[:, :64], operands)
-
-
-@pytest.fixture
-def fresh_load(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
-    yield native.load
-    native.load.cache_clear()
-
-
-def test_without_a_compiler_the_reason_is_said(fresh_load, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in fresh_load().problem
-
-
-def test_a_compiler_that_fails_is_quoted(fresh_load, monkeypatch):
-    monkeypatch.setenv("CC", "false")
-    assert "false could not compile it" in fresh_load().problem
-    monkeypatch.setenv("CC", "/no/such/compiler --here")
-    fresh_load.cache_clear()
-    assert "/no/such/compiler could not compile it" in fresh_load().problem
-
-
-@needs_a_compiler
-def test_it_is_compiled_once_for_all_processes(fresh_load, monkeypatch, tmp_path):
-    assert fresh_load().problem is None
-    (built,) = (tmp_path / "llmmpq").iterdir()
-    written = built.stat().st_mtime_ns
-    fresh_load.cache_clear()
-    assert fresh_load().problem is None
-    assert [built.stat().st_mtime_ns] == [file.stat().st_mtime_ns for file in (tmp_path / "llmmpq").iterdir()]
-    assert built.stat().st_mtime_ns == written
