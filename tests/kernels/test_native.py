@@ -1,6 +1,8 @@
 """How the loops for CPUs are compiled and kept, and what happens where they cannot be."""
 
 import os
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -106,3 +108,22 @@ def test_a_folder_of_another_user_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user"):
         native._make_private(tmp_path / "folder")
+
+
+SCRIPT = """
+import torch
+from llmmpq.records import Scheme
+from llmmpq.runtime.linear import PackedLinear
+for size in (64, 96):
+    linear = PackedLinear((size, size), Scheme(bits=4, group_size=32), device="cpu")
+    for rows in (1, 5):
+        linear(torch.zeros(rows, size))
+"""
+
+
+def test_the_reference_says_once_why_it_runs():
+    command = [sys.executable, "-W", "always::RuntimeWarning", "-c", SCRIPT]
+    environment = os.environ | {"CC": "/bin/false", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the slow reference runs in their place: /bin/false could not compile it") == 1
