@@ -19,6 +19,9 @@ from llmmpq.scheme import Scheme
 from llmmpq_kernels import reference
 from llmmpq_kernels.operands import MisfitError, Operands
 
+# Named in a RuntimeError where memory on the CPU runs out: torch has an error of its own for devices only.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+
 __all__ = ["Candidate", "explain", "multiply", "packed_linear"]
 
 
@@ -70,11 +73,13 @@ def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
     if backend != REFERENCE:
         try:
             return _run_kernel(backend, x.reshape(num_rows, shape[1]), operands).view(*x.shape[:-1], shape[0])
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except MisfitError as error:
             raise KernelUnavailableError(f"packed matrix of shape {shape}: {error}") from error
         except Exception as error:  # whatever a compiler or a driver raises: the model still runs, slowly, and says so
+            if CPU_ALLOCATOR in str(error):
+                raise
             give_up_on(backend, x.device, runs, group_size, error)
     return reference.packed_linear(
         x,

@@ -224,6 +224,14 @@ def test_a_kernel_that_fails_gives_way_to_the_reference_with_one_warning(broken_
     assert picks(torch.device("cpu"), torch.float32, SHAPE, linear.scheme)["cpu"] == (False, "failed earlier: no luck")
 
 
+def test_memory_that_runs_out_is_no_fault_of_the_kernel(broken_cpu_kernel, monkeypatch):
+    monkeypatch.setattr(cpu, "multiply", lambda _x, _operands: torch.empty(1 << 46))
+    linear = PackedLinear.from_packed(random_packed())
+    with pytest.raises(RuntimeError, match="allocate"):
+        linear(torch.randn(3, SHAPE[1]))
+    assert picks(torch.device("cpu"), torch.float32, SHAPE, linear.scheme)["cpu"][0]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_operator_keeps_torchs_contract(symmetric):
     packed = random_packed(symmetric=symmetric)
