@@ -104,7 +104,9 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
             code = compile_kernel(kernel, pointers, known, options=options, capability=capability, folder=folder)
             found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_loads": wanted_loads}
 
-    for widths, num_rows in (((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), ((2, 3, 4, 8), 1), ((3,), 2)):
+    mixed = (2, 3, 4, 8)
+    cases = [((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), (mixed, 1), ((3,), 2), (mixed, 2), ((3,), 4), (mixed, 4)]
+    for widths, num_rows in cases:
         runs = tuple((bits, 1) for bits in widths)
         entry = tuning._first_fitting(launch.gemv, num_rows, runs)
         constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "M": num_rows, "EIGHT_BIT": len(widths) > 1}

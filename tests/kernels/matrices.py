@@ -108,13 +108,13 @@ def relative_error(y_MN: torch.Tensor, x_MK: torch.Tensor, operands: Operands) -
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, *, most_rows: int = 16) -> Case:
     """Shapes that fill no block, groups that may be longer than the matrix is wide."""
     num_k, group_size = draw(st.integers(1, 500)), draw(st.sampled_from([32, 64, 96, 128, 256]))
     num_groups = -(-num_k // group_size)
     widths = draw(st.lists(st.sampled_from([2, 3, 4, 8]), min_size=1, max_size=min(4, num_groups), unique=True))
     return Case(
-        rows=draw(st.integers(1, 16)),
+        rows=draw(st.integers(1, most_rows)),
         shape=(draw(st.integers(1, 70)), num_k),
         widths=tuple(sorted(widths)),
         group_size=group_size,

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 NAMES = [
     *(
         f"gemv {widths} sm_{cap}"
-        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2")
+        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2", "2,3,4,8 x2", "3 x4", "2,3,4,8 x4")
         for cap in (80, 90)
     ),
     *(f"gemm {rows} rows sm_{cap}" for rows in (16, 512) for cap in (80, 90)),
