@@ -123,10 +123,18 @@ def measure(name: str, variant: str, arguments: argparse.Namespace, device: torc
     return found
 
 
+def read_schemes(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no scheme; there are {', '.join(map(repr, FORMATS))}")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo,2048")
-    parser.add_argument("--schemes", default=",".join(FORMATS))
+    parser.add_argument("--schemes", type=read_schemes, default=",".join(FORMATS))
     parser.add_argument("--dtype", help="of packed models (CPU: float32; GPU: bfloat16)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
@@ -140,7 +148,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    forms = arguments.schemes.split(",")
+    forms = arguments.schemes
     plain = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
     variants = plain + [f"packed {form}" for form in forms]
     variants += [f"reference {form}" for form in forms] if arguments.reference else []

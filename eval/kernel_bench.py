@@ -7,7 +7,8 @@
 
 A figure is the median of several replays of a CUDA graph with many launches, so launching costs nothing; each launch
 has another copy of the operands, and the copies together exceed the second-level cache several times. Before a kernel
-is timed, its result is compared with the reference's in float32; a wrong one ends the run with exit code 1.
+is timed, its result is compared with the reference's in float32, column by column, in memory that held NaN before. A
+wrong one gets a line without a time, and the exit code is 1 in the end. Lines are written as they come.
 
 Needs torch, triton and `kernels/torch-ext` alone: neither the toolkit nor a network.
 """
@@ -220,6 +221,22 @@ def gemlite(shape: tuple[int, int], x: torch.Tensor) -> float:
     return microseconds([partial(layer, x) for layer in layers], x.device)
 
 
+def worst_error(backend: str, x: torch.Tensor, operands: Operands, weights: torch.Tensor) -> float:
+    """Of the output columns: the length of the error over that of the column, or of its terms where they cancel."""
+    x32 = x.float()
+    wanted, squares = x32 @ weights.T, x32**2 @ (weights**2).T
+    # With this set, torch.empty fills with NaN: an output left out is seen. cuBLAS would ask for a setting of its own.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        y = tuning.multiply(backend, x, operands).float()
+    except Exception as failure:  # whatever a compiler or a driver raises: what else was measured stays
+        print(f"{backend}, {operands.shape}, {len(x)} rows: {type(failure).__name__}: {failure}", file=sys.stderr)
+        return float("nan")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return float(((y - wanted).norm(dim=0) / torch.maximum(wanted.norm(dim=0), squares.sum(dim=0).sqrt())).max())
+
+
 OTHERS = {"torch int4": torch_int4, "gemlite": gemlite}
 
 
@@ -262,14 +279,12 @@ def measure(
             bits = 8 * stored_nbytes(operands) / (shape[0] * shape[1])
             weights = weights_of(operands, torch.float32)
             for num, x in inputs.items():
-                wanted = x.float() @ weights.T
                 for backend in backends_for(num, device):
-                    y = tuning.multiply(backend, x, operands)
-                    error = float((y.float() - wanted).norm() / wanted.norm())
-                    if not error < TOLERANCE:
-                        raise SystemExit(f"{backend} is wrong: {shape}, {name}, {num} rows: error {error}")
-                    calls = [partial(tuning.multiply, backend, x, each) for each in copies]
-                    yield row(name, bits, num, backend, microseconds(calls, device), round(error, 6))
+                    error, taken = worst_error(backend, x, operands, weights), float("nan")
+                    if error < TOLERANCE:
+                        calls = [partial(tuning.multiply, backend, x, each) for each in copies]
+                        taken = microseconds(calls, device)
+                    yield row(name, bits, num, backend, taken, round(error, 6))
             del copies, weights
         for name, other in OTHERS.items():
             for num, x in inputs.items():
@@ -284,7 +299,7 @@ def measure(
 def fill_compiler_cache(arguments: argparse.Namespace) -> None:
     """Every kernel compiled once, by several processes: compiling one after the other would take most of the time."""
     script = [sys.executable, __file__, *(["--smoke"] if arguments.smoke else [])]
-    script += ["--rows", arguments.rows, "--formats", arguments.formats]
+    script += ["--rows", arguments.rows, "--formats", ",".join(arguments.formats)]
     processes = [subprocess.Popen([*script, "--compile", str(index)]) for index in range(COMPILERS)]
     for process in processes:
         if process.wait():
@@ -312,10 +327,23 @@ def show(rows: list[Row], copy: float) -> None:
         )
 
 
+def default_file(device_name: str) -> Path:
+    short = tuning.file_name(device_name).removeprefix("nvidia-").removesuffix(".json")
+    return Path(os.environ.get("OUT", ROOT / "eval/results")) / f"kernels-{short}.csv"
+
+
+def read_formats(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no format; there are {', '.join(map(repr, FORMATS))}")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--formats", type=read_formats, default=",".join(FORMATS))
     parser.add_argument("--seconds", type=float, default=420.0, help="when to stop and write what there is")
     parser.add_argument("--out", type=Path, help="the CSV")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on whatever device there is")
@@ -323,7 +351,7 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     shapes = [(64, 2048)] if arguments.smoke else SHAPES
-    rows, formats = [int(number) for number in arguments.rows.split(",")], arguments.formats.split(",")
+    rows, formats = [int(number) for number in arguments.rows.split(",")], arguments.formats
     if arguments.compile is not None:
         compile_share(arguments.compile, shapes, formats, rows)
         return
@@ -334,25 +362,34 @@ def main() -> None:
         fill_compiler_cache(arguments)
         print(f"compiled after {time.monotonic() - started:.0f} s", file=sys.stderr)
     copy = copy_gbytes_per_s(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "smoke"
+    keeps = device.type == "cuda" or arguments.out is not None
+    out = (arguments.out or default_file(name)) if keeps else Path(os.devnull)
+    out.parent.mkdir(parents=True, exist_ok=True)
     found: list[Row] = []
+    wrong: list[Row] = []
+    table = out.open("w", newline="")
+    writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)])
+    writer.writeheader()
     for row in measure(shapes, formats, rows, device=device, copy=copy):
         found.append(row)
+        writer.writerow(dataclasses.asdict(row))
+        table.flush()
+        if row.backend in tuning.BACKENDS and not row.error < TOLERANCE:
+            wrong.append(row)
+            print(
+                f"{row.backend} is wrong: {row.shape}, {row.format}, {row.rows} rows: error {row.error}",
+                file=sys.stderr,
+            )
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s: the rest was not measured", file=sys.stderr)
             break
+    table.close()
     show(found, copy)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "smoke"
-    out = (
-        arguments.out
-        or Path(os.environ.get("OUT", ROOT / "eval/results")) / f"kernels-{tuning.file_name(name)[:-5]}.csv"
-    )
-    if device.type == "cuda" or arguments.out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in found)
+    if keeps:
         print(f"written to {out}; torch {torch.__version__}, {name}, copy {copy:,.0f} GB/s")
+    if wrong:
+        raise SystemExit(f"{len(wrong)} results were wrong")
 
 
 if __name__ == "__main__":

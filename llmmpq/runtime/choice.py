@@ -132,10 +132,29 @@ def choose(
     candidates = explain(device, dtype, shape, scheme, num_rows=num_rows)
     for candidate in candidates:
         if candidate.accepted:
+            if candidate.backend == REFERENCE and device.type == "cpu":
+                _warn_without_loops(candidates)
             return candidate.backend
     reasons = "; ".join(f"{candidate.backend}: {candidate.reason}" for candidate in candidates)
     bits = scheme.to_json()["bits"]
     raise KernelUnavailableError(f"no backend runs a {bits}-bit matrix of shape {shape} on {device} ({reasons})")
+
+
+def _warn_without_loops(candidates: list[Candidate]) -> None:
+    from llmmpq_kernels import native
+
+    problem = native.load().problem
+    if problem is not None and any(each.backend == CPU and each.reason == problem for each in candidates):
+        _warn_once(problem)
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"llmmpq: the compiled loops for CPUs are not to be had, the slow reference runs in their place: {problem}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def give_up_on(backend: str, device: torch.device, runs: Runs, group_size: int, error: Exception) -> None:

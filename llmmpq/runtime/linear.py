@@ -8,6 +8,7 @@ the stored tensors keep the dtypes of the layout, so a saved copy is the same by
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -94,22 +95,19 @@ class PackedLinear(nn.Module):
         )
 
     def _operands(self) -> Operands:
-        """The parameters as kernels take them, put together again when one was replaced (not: changed in place)."""
-        held, known = self._parameters, self.__dict__.get("_known_operands")
-        if known is None or any(getattr(known, name) is not held[name] for name in (*STORED, "bias")):
-            known = Operands(
-                words=self.words,
-                scales=self.scales,
-                zeros=self.zeros,
-                order=self.order,
-                scale_base=self.scale_base,
-                bias=self.bias,
-                runs=self.scheme.widths(self.shape),
-                group_size=self.scheme.group_size,
-                shape=self.shape,
-            )
-            self.__dict__["_known_operands"] = known
-        return known
+        """The parameters as kernels take them. Never kept: offloading takes them away again after each call."""
+        held = self._parameters
+        return Operands(
+            words=cast(torch.Tensor, held["words"]),
+            scales=cast(torch.Tensor, held["scales"]),
+            zeros=held["zeros"],
+            order=held["order"],
+            scale_base=held["scale_base"],
+            bias=held["bias"],
+            runs=self.scheme.widths(self.shape),
+            group_size=self.scheme.group_size,
+            shape=self.shape,
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out_features, in_features] that the packed tensors stand for."""

@@ -17,7 +17,10 @@ from llmmpq.errors import KernelUnavailableError
 from llmmpq.runtime.choice import CPU, REFERENCE, Candidate, choose, explain, give_up_on
 from llmmpq.scheme import Scheme
 from llmmpq_kernels import reference
-from llmmpq_kernels.operands import Operands
+from llmmpq_kernels.operands import MisfitError, Operands
+
+# Named in a RuntimeError where memory on the CPU runs out: torch has an error of its own for devices only.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 __all__ = ["Candidate", "explain", "multiply", "packed_linear"]
 
@@ -57,6 +60,11 @@ def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
     shape, runs, group_size = operands.shape, operands.runs, operands.group_size
     if x.shape[-1] != shape[1]:
         raise ValueError(f"input has {x.shape[-1]} features, the packed matrix of shape {shape} takes {shape[1]}")
+    if operands.words.device != x.device:
+        raise KernelUnavailableError(
+            f"the packed matrix of shape {shape} is on {operands.words.device}, its input on {x.device}: load or move"
+            " the model to the device of its input (on meta it holds no data)"
+        )
     num_rows = x.numel() // shape[1]
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], shape[0]))
@@ -65,9 +73,13 @@ def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
     if backend != REFERENCE:
         try:
             return _run_kernel(backend, x.reshape(num_rows, shape[1]), operands).view(*x.shape[:-1], shape[0])
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
+        except MisfitError as error:
+            raise KernelUnavailableError(f"packed matrix of shape {shape}: {error}") from error
         except Exception as error:  # whatever a compiler or a driver raises: the model still runs, slowly, and says so
+            if CPU_ALLOCATOR in str(error):
+                raise
             give_up_on(backend, x.device, runs, group_size, error)
     return reference.packed_linear(
         x,

@@ -41,7 +41,7 @@ def compile_kernel(
     folder: Path,
 ) -> Compiled:
     signature = dict.fromkeys(kernel.arg_names, "i32") | dict(pointers) | dict.fromkeys(constants, "constexpr")
-    divisible = [name for name in kernel.arg_names if name in pointers or name in DIVISIBLE]
+    divisible = [name for name in kernel.arg_names if name in pointers or (name in DIVISIBLE and name not in constants)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, dict(constants), attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
@@ -85,6 +85,8 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "out_ptr": "*bf16",
 }
+# What Triton makes of an argument that is 1, unless told not to: a constant. One output row, one column, one word.
+ONES = dict.fromkeys(("num_n", "num_k", "stride_x", "row_words", "plane"), 1)
 PLAIN = {"ALIGN": 4, "GROUP": 128, "HAS_ZEROS": True, "HAS_BIAS": True, "EIGHT_BIT": False}
 
 
@@ -102,7 +104,9 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
             code = compile_kernel(kernel, pointers, known, options=options, capability=capability, folder=folder)
             found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_loads": wanted_loads}
 
-    for widths, num_rows in (((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), ((2, 3, 4, 8), 1), ((3,), 2)):
+    mixed = (2, 3, 4, 8)
+    cases = [((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), (mixed, 1), ((3,), 2), (mixed, 2), ((3,), 4), (mixed, 4)]
+    for widths, num_rows in cases:
         runs = tuple((bits, 1) for bits in widths)
         entry = tuning._first_fitting(launch.gemv, num_rows, runs)
         constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "M": num_rows, "EIGHT_BIT": len(widths) > 1}
@@ -117,11 +121,18 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
         constants = PLAIN | {"WIDTHS": (4,), "MIXED": False, "IN_FLOAT32": False}
         constants |= {key.upper(): entry[key] for key in ("block_m", "block_n", "block_c")}
         options = {key: entry[key] for key in ("num_warps", "num_stages")}
-        add(f"gemm {rows} rows", gemm.gemm_kernel, constants, options, 1)
+        # None wanted: loads of activations cannot be told from those of words.
+        add(f"gemm {rows} rows", gemm.gemm_kernel, constants, options, 0)
     constants = PLAIN | {"WIDTHS": (3,), "MIXED": False, "BLOCK_N": gemm.DEQUANTIZE_ROWS}
     constants |= {"BLOCK_C": gemm.DEQUANTIZE_CHUNKS}
     add("dequantized 3", gemm.dequantize_kernel, constants, {"num_warps": gemm.DEQUANTIZE_WARPS}, 2)
+    add("dequantized 3 of ones", gemm.dequantize_kernel, constants | ONES | {"ALIGN": 1}, {"num_warps": 4}, 0)
     add("add_splits", gemv.add_splits_kernel, {"BLOCK": 512, "HAS_BIAS": True}, {"num_warps": 4}, 0)
+    add("add_splits of ones", gemv.add_splits_kernel, {"BLOCK": 512, "HAS_BIAS": True} | ONES, {"num_warps": 4}, 0)
+    constants = PLAIN | {"WIDTHS": (3, 4), "MIXED": True, "M": 1, "BLOCK_N": 16, "BLOCK_C": 16} | ONES | {"ALIGN": 1}
+    add("gemv of ones", gemv.gemv_kernel, constants, {"num_warps": 4}, 0)
+    constants |= {"BLOCK_M": 16, "BLOCK_C": 4, "IN_FLOAT32": False}
+    add("gemm of ones", gemm.gemm_kernel, constants, {"num_warps": 4, "num_stages": 3}, 0)
     return found
 
 

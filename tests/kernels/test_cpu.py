@@ -1,10 +1,13 @@
-"""The compiled loops for CPUs against float64 and the reference, and what happens where nothing can be compiled."""
+"""The compiled loops for CPUs against float64 and the reference."""
+
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 from llmmpq_kernels import cpu, native
+from llmmpq_kernels.operands import MisfitError
 from tests.kernels.matrices import MIXES, Case, cases, relative_error, weights_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="matrices of these tests are on the GPU")
@@ -62,34 +65,27 @@ def test_strided_activations():
     assert torch.equal(cpu.multiply(x.T.contiguous().T, operands), cpu.multiply(x, operands))
 
 
-@pytest.fixture
-def fresh_load(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
-    yield native.load
-    native.load.cache_clear()
-
-
-def test_without_a_compiler_the_reason_is_said(fresh_load, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in fresh_load().problem
-
-
-def test_a_compiler_that_fails_is_quoted(fresh_load, monkeypatch):
-    monkeypatch.setenv("CC", "false")
-    assert "false could not compile it" in fresh_load().problem
-    monkeypatch.setenv("CC", "/no/such/compiler --here")
-    fresh_load.cache_clear()
-    assert "/no/such/compiler could not compile it" in fresh_load().problem
-
-
 @needs_a_compiler
-def test_it_is_compiled_once_for_all_processes(fresh_load, monkeypatch, tmp_path):
-    assert fresh_load().problem is None
-    (built,) = (tmp_path / "llmmpq").iterdir()
-    written = built.stat().st_mtime_ns
-    fresh_load.cache_clear()
-    assert fresh_load().problem is None
-    assert [built.stat().st_mtime_ns] == [file.stat().st_mtime_ns for file in (tmp_path / "llmmpq").iterdir()]
-    assert built.stat().st_mtime_ns == written
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("words", lambda t: t.to("meta"), "words is on meta"),
+        ("zeros", lambda t: t.to("meta"), "zeros is on meta"),
+        ("words", lambda t: t[:-1], r"words is torch.int32 \[39, 10\], .* needs torch.int32 \[40, 10\]"),
+        ("words", lambda t: t.long(), "words is torch.int64"),
+        ("scales", lambda t: t.float(), "scales is torch.float32"),
+        ("scales", lambda t: t[:, :-1], "scales is"),
+        ("zeros", lambda t: t[:-1], "zeros is"),
+        ("order", lambda t: t[:-1], "order is"),
+        ("order", lambda _: None, "no order is given"),
+        ("words", lambda t: t.T.contiguous().T, "words must lie in memory"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_they_are_read(name, change, said):
+    case = Case(rows=1, shape=(40, 96), widths=(2, 4), group_size=32, dtype=torch.float32)
+    operands = case.operands()
+    broken = dataclasses.replace(operands, **{name: change(getattr(operands, name))})
+    with pytest.raises(MisfitError, match=said):
+        cpu.multiply(case.x(), broken)
+    with pytest.raises(MisfitError, match="takes 96 columns"):
+        cpu.multiply(case.x()[:, :64], operands)

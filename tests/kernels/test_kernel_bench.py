@@ -1,6 +1,7 @@
 """The benchmark script runs from end to end without a GPU, so that the first hour on one is not spent on it."""
 
 import csv
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "kernel_bench.py"
+EVAL = Path(__file__).parents[2] / "eval"
+SCRIPT = EVAL / "kernel_bench.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is run")
@@ -25,3 +27,50 @@ def test_the_script_writes_a_table(tmp_path):
     ]
     assert all(float(row["microseconds"]) > 0 for row in rows)
     assert "gemlite at (64, 2048)" in done.stderr  # what is missing is said
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    spec = importlib.util.spec_from_file_location("kernel_bench", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kernel_bench", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_named_after_the_device(bench, monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    assert bench.default_file("NVIDIA H200") == EVAL / "results" / "kernels-h200.csv"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is run")
+@pytest.mark.parametrize("fault", ["one column", "left out", "raises"])
+def test_a_wrong_kernel_fails_in_the_end_and_keeps_the_rest(bench, monkeypatch, tmp_path, fault):
+    right, out = bench.tuning.multiply, tmp_path / "table.csv"
+
+    def multiply(backend, x, operands):
+        y = right(backend, x, operands)
+        if operands.runs[0][0] == 2 and fault == "raises":
+            raise RuntimeError("no luck")
+        if operands.runs[0][0] == 2 and fault == "one column":
+            y[:, 3] *= 1.1
+        if operands.runs[0][0] == 2 and fault == "left out":
+            y[:, 3] = torch.empty(len(y))
+        return y
+
+    monkeypatch.setattr(bench.tuning, "multiply", multiply)
+    monkeypatch.setattr(sys, "argv", ["bench", "--smoke", "--rows", "1", "--formats", "4,2,8", "--out", str(out)])
+    with pytest.raises(SystemExit, match="1 results were wrong"):
+        bench.main()
+    rows = list(csv.DictReader(out.open()))
+    assert [row["format"] for row in rows] == ["bfloat16", "4", "2", "8"]
+    assert [row["microseconds"] == "nan" for row in rows] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("script", "flag", "said"), [("kernel", "--formats", "2"), ("decode", "--schemes", "mixed")])
+def test_an_unknown_format_is_named_beside_those_there_are(script, flag, said):
+    command = [sys.executable, str(EVAL / f"{script}_bench.py"), flag, "4,5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"argument {flag}: '5' is no" in done.stderr
+    assert repr(said) in done.stderr

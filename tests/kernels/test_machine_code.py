@@ -33,14 +33,12 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 NAMES = [
     *(
         f"gemv {widths} sm_{cap}"
-        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2")
+        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2", "2,3,4,8 x2", "3 x4", "2,3,4,8 x4")
         for cap in (80, 90)
     ),
     *(f"gemm {rows} rows sm_{cap}" for rows in (16, 512) for cap in (80, 90)),
-    "dequantized 3 sm_80",
-    "dequantized 3 sm_90",
-    "add_splits sm_80",
-    "add_splits sm_90",
+    *(f"{kernel} sm_{cap}" for kernel in ("dequantized 3", "add_splits") for cap in (80, 90)),
+    *(f"{kernel} of ones sm_{cap}" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits") for cap in (80, 90)),
 ]
 
 

@@ -66,7 +66,7 @@ def test_multiplying_by_the_dequantized_matrix():
 
 
 @settings(max_examples=15, deadline=None)
-@given(case=cases(), split=st.integers(1, 4), block_c=st.sampled_from([2, 4, 16]))
+@given(case=cases(most_rows=gemv.MOST_ROWS), split=st.integers(1, 4), block_c=st.sampled_from([2, 4, 16]))
 def test_gemv_of_drawn_shapes(case, split, block_c):
     check(case, gemv.multiply, gemv.GemvConfig(block_n=32, block_c=block_c, split=split, num_warps=4))
 
@@ -78,8 +78,14 @@ def test_gemm_of_drawn_shapes(case, split, block_c):
     check(case, gemm.multiply, config)
 
 
+def test_more_rows_than_registers_are_refused():
+    case = Case(rows=gemv.MOST_ROWS + 1, shape=(8, 32), widths=(4,), group_size=32)
+    with pytest.raises(ValueError, match="1 to 4 rows, 5 given"):
+        gemv.multiply(case.x(), case.operands(), GEMV)
+
+
 def test_rows_may_lie_apart():
-    case = Case(rows=6, shape=(33, 96), widths=(4,), group_size=32)
+    case = Case(rows=4, shape=(33, 96), widths=(4,), group_size=32)
     operands, wide = case.operands(), case.x()
     x = torch.stack([wide, torch.full_like(wide, torch.nan)], dim=1)[:, 0]
     assert x.stride() == (192, 1)
@@ -121,7 +127,7 @@ def test_real_sizes_on_a_gpu(widths, shape):
     """With the configurations that run there, and bfloat16 in tensor cores, which the interpreter cannot show."""
     from llmmpq_kernels import tuning
 
-    for rows in (1, 2, 7, 16, 33, 300):
+    for rows in (1, 2, 4, 7, 16, 33, 300):
         case = Case(rows=rows, shape=shape, widths=widths, group_size=128, dtype=torch.bfloat16)
         operands, x = case.operands(), case.x()
         for backend in tuning.BACKENDS:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmmpq_kernels import gemm, tuning
+from llmmpq_kernels import gemm, gemv, tuning
 
 FOLDER = Path(gemm.__file__).parent / "launch"
 CPU = torch.device("cpu")
@@ -15,10 +15,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_a_file_covers_every_width_and_number_of_rows(path):
     launch = tuning.load_launch(path.stem)
+    assert launch.gemv_most_rows <= gemv.MOST_ROWS
     assert (launch.measured_on is None) == (path.stem == "default")
     for widths in ((2,), (3,), (8,), (2, 3, 4, 8)):
         runs = tuple((bits, 4) for bits in widths)
-        for rows in (1, 2, 3, launch.gemv_most_rows):
+        for rows in (1, 2, 3, gemv.MOST_ROWS, launch.gemv_most_rows):
             assert tuning._first_fitting(launch.gemv, rows, runs)
         for rows in (1, 16, 17, 1 << 20):
             entry = tuning._first_fitting(launch.gemm, rows, runs)

@@ -80,6 +80,13 @@ def test_wrong_input_size_is_refused():
         linear(torch.randn(2, 71))
 
 
+def test_a_matrix_without_data_is_refused():
+    linear = PackedLinear((64, 64), Scheme(bits=4, group_size=32))
+    with pytest.raises(KernelUnavailableError, match=r"is on meta, its input on cpu.*holds no data"):
+        linear(torch.randn(1, 64))
+    assert linear(torch.empty(1, 64, device="meta")).shape == (1, 64)
+
+
 def test_built_empty_on_meta_or_a_device():
     scheme = Scheme(bits=3, group_size=32)
     linear = PackedLinear(SHAPE, scheme, has_bias=True, bias_dtype=torch.bfloat16)
@@ -215,6 +222,14 @@ def test_a_kernel_that_fails_gives_way_to_the_reference_with_one_warning(broken_
         warnings.simplefilter("error")
         linear(x)
     assert picks(torch.device("cpu"), torch.float32, SHAPE, linear.scheme)["cpu"] == (False, "failed earlier: no luck")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_kernel(broken_cpu_kernel, monkeypatch):
+    monkeypatch.setattr(cpu, "multiply", lambda _x, _operands: torch.empty(1 << 46))
+    linear = PackedLinear.from_packed(random_packed())
+    with pytest.raises(RuntimeError, match="allocate"):
+        linear(torch.randn(3, SHAPE[1]))
+    assert picks(torch.device("cpu"), torch.float32, SHAPE, linear.scheme)["cpu"][0]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -18,7 +18,7 @@ import torch
 
 from . import native
 from .layout import CODES_PER_CHUNK
-from .operands import MOST_RUNS, Operands
+from .operands import MOST_RUNS, MisfitError, Operands
 from .reference import CPU_BLOCK_WEIGHTS
 from .runs import Runs
 
@@ -28,6 +28,8 @@ ROWS_AT_ONCE = 4  # of `cpu.c`
 MOST_ROWS = 16
 # Fewer weights than this are done before another thread has woken up.
 THREAD_WEIGHTS = 1 << 20
+
+Fact = tuple[torch.dtype, tuple[int, ...], str, bool]  # dtype, shape, device, whether contiguous
 
 
 class Matrix(ctypes.Structure):
@@ -45,6 +47,11 @@ def multiply(x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
     library = native.load().handle
     if library is None:
         raise RuntimeError(f"no compiled loops: {native.load().problem}")
+    if not x_MK.is_cpu or x_MK.shape[1] != operands.shape[1]:
+        raise MisfitError(
+            f"activations are {list(x_MK.shape)} on {x_MK.device}, the matrix {list(operands.shape)} takes"
+            f" {operands.shape[1]} columns on the CPU"
+        )
     matrix = _matrix_of(operands)
     if x_MK.shape[0] <= MOST_ROWS:
         out_MN = _multiply_rows(library, matrix, x_MK, operands)
@@ -65,27 +72,65 @@ def dequantize(operands: Operands) -> torch.Tensor:
 
 def _matrix_of(operands: Operands) -> Matrix:
     stored = (operands.words, operands.scales, operands.zeros, operands.order, operands.scale_base)
-    for tensor in stored:
-        if tensor is not None and not tensor.is_contiguous():
-            raise RuntimeError("stored tensors must lie in memory as they do in a file: call .contiguous() on them")
     pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in stored])
-    widths = (operands.scales.shape[1], operands.group_size, operands.words.shape[1])
-    return _matrix(pointers, operands.shape, widths, operands.runs, operands.chunks)
+    facts = tuple([None if t is None else (t.dtype, tuple(t.shape), t.device.type, t.is_contiguous()) for t in stored])
+    return _matrix(pointers, facts, operands.shape, operands.runs, operands.group_size, operands.chunks)
 
 
-@functools.lru_cache(maxsize=4096)  # of addresses, which say all that it holds: never stale
+@functools.lru_cache(maxsize=4096)  # of addresses and what lies there, which say all that it holds: never stale
 def _matrix(
     pointers: tuple[int | None, ...],
+    facts: tuple[Fact | None, ...],
     shape: tuple[int, int],
-    widths: tuple[int, int, int],
     runs: Runs,
+    group_size: int,
     chunks: tuple[int, ...],
 ) -> Matrix:
+    _check(facts, shape, runs, group_size, chunks)
+    row_words = sum(bits * count for (bits, _), count in zip(runs, chunks, strict=True))
+    widths = (sum(groups for _, groups in runs), group_size, row_words)
+
     def row(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * MOST_RUNS)(*numbers)
 
     columns = (row(bits for bits, _ in runs), row(groups for _, groups in runs), row(chunks))
     return Matrix(*pointers, *shape, *widths, len(runs), *columns)
+
+
+def _check(
+    facts: tuple[Fact | None, ...], shape: tuple[int, int], runs: Runs, group_size: int, chunks: tuple[int, ...]
+) -> None:
+    """Compiled loops trust their pointers, so what they would read is compared with what there is."""
+    num_rows, num_columns = shape
+    num_groups = -(-num_columns // group_size)
+    if sum(groups for _, groups in runs) != num_groups:
+        raise MisfitError(f"runs {runs} must share out the {num_groups} groups of {num_columns} columns")
+    row_words = sum(bits * count for (bits, _), count in zip(runs, chunks, strict=True))
+    row_chunks = -(-num_rows // CODES_PER_CHUNK)
+    zeros = (sum(bits * groups for bits, groups in runs) * row_chunks,)
+    eight_bit = facts[4] is not None
+    wanted = {
+        "words": (torch.int32, (num_rows, row_words)),
+        "scales": (torch.uint8 if eight_bit else torch.float16, (num_rows, num_groups)),
+        "zeros": (torch.int32, zeros if len(runs) > 1 else (num_groups, runs[0][0] * row_chunks)),
+        "order": (torch.int32, (num_groups,)),
+        "scale_base": (torch.float32, (1,)),
+    }
+    for (name, (dtype, dims)), fact in zip(wanted.items(), facts, strict=True):
+        if fact is None:
+            if name == "order" and len(runs) > 1:
+                raise MisfitError(f"no order is given, which a matrix with runs {runs} needs")
+            continue
+        found, found_dims, device, contiguous = fact
+        if device != "cpu":
+            raise MisfitError(f"{name} is on {device}, the activations are on the CPU: load the matrix there first")
+        if (found, found_dims) != (dtype, dims):
+            raise MisfitError(
+                f"{name} is {found} {list(found_dims)}, a matrix {list(shape)} with runs {runs} in groups of"
+                f" {group_size} needs {dtype} {list(dims)}"
+            )
+        if not contiguous:
+            raise MisfitError(f"{name} must lie in memory as it does in a file: call .contiguous() on it")
 
 
 def _multiply_rows(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:

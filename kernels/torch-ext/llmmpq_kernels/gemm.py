@@ -81,13 +81,13 @@ def gemm_kernel(
     n_N = tl.program_id(0) // num_row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_N = tl.minimum(n_N, num_n - 1)
     safe_M = tl.minimum(m_M, num_m - 1)
-    row_N = words_ptr + safe_N.to(tl.int64) * (row_words.to(tl.int64) * ALIGN)
+    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
     x_row_M = x_ptr + safe_M.to(tl.int64) * stride_x
     zero_words = (num_n + 31) // 32
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first_word = 0
     first_group = 0
-    first_zero = num_n.to(tl.int64) * 0
+    first_zero = tl.full((), 0, tl.int64)
     first_block = 0
     for run in tl.static_range(len(WIDTHS)):
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
@@ -169,12 +169,12 @@ def dequantize_kernel(
     """One tile of BLOCK_N rows and BLOCK_C chunks, the tiles of a run after those of the run before."""
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_N = tl.minimum(n_N, num_n - 1)
-    row_N = words_ptr + safe_N.to(tl.int64) * (row_words.to(tl.int64) * ALIGN)
+    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
     zero_words = (num_n + 31) // 32
     block = tl.program_id(1)
     first_word = 0
     first_group = 0
-    first_zero = num_n.to(tl.int64) * 0
+    first_zero = tl.full((), 0, tl.int64)
     for run in tl.static_range(len(WIDTHS)):
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
         num_chunks = units * ALIGN

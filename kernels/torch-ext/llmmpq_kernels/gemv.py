@@ -29,7 +29,8 @@ import triton.language as tl
 from .operands import Operands
 from .tiles import columns_of, load_scales, load_words, load_zeros, offsets, split_fields
 
-MOST_ROWS = 16
+# 4 rows of a mixed matrix take 136 of 255 registers on sm_90, 8 rows take 254 and soon spill: tensor cores take over.
+MOST_ROWS = 4
 ONE_BITS = 0x3F800000  # of 1.0 in float32
 
 
@@ -147,16 +148,19 @@ def gemv_kernel(
     MIXED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):
-    """`chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be."""
+    """`chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be.
+
+    A size of 1 reaches a kernel as a constant, not a tensor: no method of a tensor is called on a size.
+    """
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the last one again: no mask in the loop, and nothing of them is stored.
     safe_N = tl.minimum(n_N, num_n - 1)
-    row_N = words_ptr + safe_N.to(tl.int64) * (row_words.to(tl.int64) * ALIGN)
+    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
     zero_words = (num_n + 31) // 32
     acc_MNC = tl.zeros((M, BLOCK_N, BLOCK_C), tl.float32)
     first_word = 0
     first_group = 0
-    first_zero = num_n.to(tl.int64) * 0
+    first_zero = tl.full((), 0, tl.int64)
     first_block = 0
     for run in tl.static_range(len(WIDTHS)):
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
@@ -221,16 +225,20 @@ def add_splits_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < plane
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(split):
-        total += tl.load(partial_ptr + part * plane.to(tl.int64) + place, mask=inside, other=0.0)
+    source = place
+    for _ in range(split):
+        total += tl.load(partial_ptr + source, mask=inside, other=0.0)
+        source += plane
     if HAS_BIAS:
         total += tl.load(bias_ptr + place % num_n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torch.Tensor:
-    """`x @ weight.T + bias` for 1 to 16 rows whose columns lie side by side, in x's dtype."""
+    """`x @ weight.T + bias` for 1 to 4 rows whose columns lie side by side, in x's dtype."""
     num_rows = x_MK.shape[0]
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"gemv takes 1 to {MOST_ROWS} rows, {num_rows} given: gemm takes any number")
     num_n, num_k = operands.shape
     out_MN = torch.empty((num_rows, num_n), dtype=x_MK.dtype, device=x_MK.device)
     target, bias = out_MN, operands.bias

@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,21 +38,41 @@ class Library:
         self.handle, self.problem = handle, problem
 
 
+class CompilerError(Exception):
+    """The compiler could not be run, or did not take the source."""
+
+
 @functools.cache
 def load() -> Library:
     """Compiled at most once in a process; never raises."""
+    try:
+        return _load()
+    except CompilerError as error:
+        return Library(None, str(error))
+    except Exception as error:  # a model must run without it, whatever is wrong with this machine
+        return Library(None, f"the compiled loops could not be set up: {type(error).__name__}: {error}")
+
+
+def _load() -> Library:
     if sys.byteorder != "little":
         return Library(None, "the stored words are little-endian, this processor is not")
+    if not hasattr(os, "getuid"):
+        return Library(None, f"the compiled loops were never tried on {sys.platform}")
     command = _compiler()
     if command is None:
         return Library(None, f"no C compiler: none of {', '.join(COMPILERS)} is installed, and $CC is not set")
-    try:
-        return Library(_open(_build(command)), None)
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or ["no message"])[0]
-        return Library(None, f"{command[0]} could not compile it: {reason}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Library(None, f"{command[0]} could not compile it: {error}")
+    source = (files(__package__) / "cpu.c").read_text(encoding="utf-8")
+    made_of = "\0".join([source, _run(command, "--version"), *command, *FLAGS, platform.machine(), _processor()])
+    name = f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    problems = []
+    for folder_of in (_cache_folder, _temporary_folder):
+        try:
+            folder = folder_of()
+            _make_private(folder)
+            return Library(_open_or_compile(command, source, folder / name), None)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            problems.append(str(error))
+    return Library(None, f"no folder to keep the compiled loops in: {'; '.join(problems)}")
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -68,46 +89,69 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _compiler() -> list[str] | None:
-    wanted = shlex.split(os.environ.get("CC", ""))
+    value = os.environ.get("CC", "")
+    try:
+        wanted = shlex.split(value)
+    except ValueError as error:
+        raise CompilerError(f"$CC is {value!r}, which is no command: {error}") from error
     if wanted:
         return wanted
     return next(([found] for name in COMPILERS if (found := shutil.which(name))), None)
 
 
-def _build(command: list[str]) -> Path:
-    source = (files(__package__) / "cpu.c").read_text(encoding="utf-8")
-    version = subprocess.run(
-        [*command, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
-    ).stdout
-    made_of = "\0".join([source, version, *command, *FLAGS, platform.machine(), _processor()])
-    name = f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"llmmpq-{os.getuid()}"):
+def _run(command: list[str], *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}, no message"])[0]
+        raise CompilerError(f"{command[0]} could not compile it: {reason}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerError(f"{command[0]} could not compile it: {error}") from error
+    return done.stdout
+
+
+def _make_private(folder: Path) -> None:
+    """What another user may have put there is not loaded: it would run as this one."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:
+        raise PermissionError(f"{folder} belongs to another user")
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} may be written by others: chmod go-w it")
+
+
+def _open_or_compile(command: list[str], source: str, target: Path) -> ctypes.CDLL:
+    if target.is_file() and _is_whole(target):
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder.stat().st_uid != os.getuid():
-                continue  # what another user may have put there is not loaded
-            return _compile(command, source, folder / name)
-        except PermissionError:
-            continue
-    raise OSError(f"no folder to write to: {_cache_folder()}")
-
-
-def _compile(command: list[str], source: str, target: Path) -> Path:
-    if target.is_file():
-        return target
+            return _open(target)
+        except (OSError, AttributeError):  # damaged: built again, in its place
+            pass
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         file = Path(folder) / "cpu.c"
         file.write_text(source, encoding="utf-8")
         built = file.with_suffix(".so")
-        arguments = [*command, *FLAGS, str(file), "-o", str(built)]
-        subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=SECONDS)
+        _run(command, *FLAGS, str(file), "-o", str(built))
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())  # what follows a library is not read
         os.replace(built, target)  # whole or not at all, whoever else builds it meanwhile
-    return target
+    return _open(target)
+
+
+def _is_whole(library: Path) -> bool:
+    """Opening a file that was cut short would end the process, not raise."""
+    content = library.read_bytes()
+    digest_nbytes = hashlib.sha256().digest_size
+    return content[-digest_nbytes:] == hashlib.sha256(content[:-digest_nbytes]).digest()
 
 
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "llmmpq"
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"llmmpq-{os.getuid()}"
 
 
 def _processor() -> str:

@@ -20,6 +20,10 @@ MOST_RUNS = 4
 WORDS_PER_LOAD = 4  # 16 bytes, the longest load of a thread
 
 
+class MisfitError(ValueError):
+    """Tensors that are not what their shape, runs and group size call for, or not where they can be read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operands:
     """The stored tensors of a matrix [N, K]; `runs` is (bits, groups) in stored order, one pair where it is uniform."""
@@ -34,14 +38,12 @@ class Operands:
     group_size: int
     shape: tuple[int, int]
 
-    @functools.cached_property
+    @property
     def chunks(self) -> tuple[int, ...]:
         """Chunks of each run. A mixed matrix stores every group in full, a uniform one ends with its last column."""
-        if len(self.runs) == 1:
-            return (-(-self.shape[1] // CODES_PER_CHUNK),)
-        return tuple(groups * self.group_size // CODES_PER_CHUNK for _, groups in self.runs)
+        return _chunks(self.runs, self.group_size, self.shape[1])
 
-    @functools.cached_property
+    @property
     def alignment(self) -> int:
         """The largest of 4, 2 and 1 that divides every run's chunks, and with them the words of a row."""
         return math.gcd(WORDS_PER_LOAD, *self.chunks)
@@ -52,14 +54,14 @@ class Operands:
         others = (self.scale_base, self.zeros, self.order)
         return (self.words, self.scales, *(self.words if tensor is None else tensor for tensor in others))
 
-    @functools.cached_property
+    @property
     def extents(self) -> tuple[int, ...]:
         """The words of a row and the chunks of four runs, in units of `alignment`."""
         align = self.alignment
         chunks = [count // align for count in self.chunks]
         return (self.words.shape[1] // align, *chunks, *[0] * (MOST_RUNS - len(chunks)))
 
-    @functools.cached_property
+    @property
     def constants(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
         return {
@@ -70,6 +72,13 @@ class Operands:
             "MIXED": self.order is not None,
             "EIGHT_BIT": self.scale_base is not None,
         }
+
+
+@functools.lru_cache(maxsize=4096)
+def _chunks(runs: Runs, group_size: int, num_columns: int) -> tuple[int, ...]:
+    if len(runs) == 1:
+        return (-(-num_columns // CODES_PER_CHUNK),)
+    return tuple(groups * group_size // CODES_PER_CHUNK for _, groups in runs)
 
 
 def refusal(runs: Runs, group_size: int) -> str | None:
