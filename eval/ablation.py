@@ -20,6 +20,7 @@ from typing import Any
 
 import transformers
 from quantizer_table import Judge
+from windows import spread
 
 from llmmpq import pipeline
 from llmmpq.model.text import packaged_text, read_text
@@ -64,7 +65,7 @@ def main() -> None:
 def _judge(model: str, text: str | None, max_windows: int) -> Judge:
     folder, original = pipeline.load_model(model)
     content = packaged_text("heldout.txt") if text is None else read_text(text)
-    return Judge(original, evaluation_windows(load_tokenizer(folder), content, 512)[:max_windows])
+    return Judge(original, spread(evaluation_windows(load_tokenizer(folder), content, 512), max_windows))
 
 
 def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, work: Path) -> None:

@@ -43,6 +43,7 @@ from qbench_judge import Judge, Verdict
 from qbench_report import FIELDS, append_row, draw, markdown, read_rows, show
 from safetensors import safe_open
 from safetensors.torch import save_file
+from windows import spread
 
 from llmmpq import pipeline
 from llmmpq.digest import digest_of, file_sha256
@@ -154,7 +155,8 @@ def _open(config: Config, envs: Path, kept: Path | None) -> Bench:
     )
     evaluation = config.evaluation
     text = packaged_text("heldout.txt") if evaluation.text == BUILTIN else read_text(evaluation.text)
-    windows = evaluation_windows(tokenizer, text, evaluation.window)[: max(1, evaluation.tokens // evaluation.window)]
+    windows = evaluation_windows(tokenizer, text, evaluation.window)
+    windows = spread(windows, max(1, evaluation.tokens // evaluation.window))
     return Bench(
         config=config,
         envs=envs,

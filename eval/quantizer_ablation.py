@@ -1,19 +1,25 @@
 """What each part of the quantizer is worth at equal true bits: extra NLL, KL, time and peak memory.
 
     python eval/quantizer_ablation.py [--models demo,/tmp/second] [--seeds 0] [--budgets 2,2.25,2.5,3,3.5,4]
-                                      [--variants GLOB] [--text FILE] [--csv OUT]
+                                      [--widths 2,3,4] [--variants GLOB] [--text FILE] [--csv OUT]
 
 Every row adds one part to the row before it, from rounding to nearest to the whole; each is one process of the command
 line, which also measures and allocates. Budgets count every stored bit, so a variant whose scales cost more gets fewer
 code bits for them, and some budgets cannot be met at all: they are left out and named. A variant's first budget
-measures for all its budgets. Judged on text that was neither calibrated on nor probed. Rows are appended to the CSV as
-they come, and runs found in it are not made again.
+measures for all its budgets.
+
+With `--widths` every matrix has the same width and nothing is measured or allocated: what the quantizer alone is worth,
+in a tenth of the time. Figures at equal true bits are then interpolated, on a logarithmic scale, between the widths.
+
+Judged on text that was neither calibrated on nor probed. Rows are appended to the CSV as they come, and runs found in it
+are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +29,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 import yaml
 from ablation import _judge
@@ -60,6 +67,7 @@ def main() -> None:
     parser.add_argument("--models", default="demo")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--budgets", default="2,2.25,2.5,3,3.5,4")
+    parser.add_argument("--widths", help="2, 3, 4 or 8 with commas between: the same everywhere, in place of budgets")
     parser.add_argument("--variants", default="*", help="a pattern on their names")
     parser.add_argument("--calibration-tokens", type=int, default=12288)
     parser.add_argument("--group-size", type=int, default=64)
@@ -81,10 +89,14 @@ def main() -> None:
             )
             for name, part in PARTS.items():
                 recipe = recipe.override(part)
-                if fnmatchcase(name, args.variants):
+                no_effect = args.widths and all(key.startswith("allocation.") for key in part)
+                if fnmatchcase(name, args.variants) and not no_effect:
                     with tempfile.TemporaryDirectory() as work:
                         _budgets(args, (model, str(seed), name), recipe.to_dict(), judge, Path(work))
-    _summary(_rows(args.csv))
+    rows = _rows(args.csv)
+    _summary(rows)
+    if args.widths:
+        _interpolated(rows, [float(budget) for budget in args.budgets.split(",")])
 
 
 def _budgets(
@@ -93,11 +105,11 @@ def _budgets(
     model, seed, name = key
     known = {(row["model"], row["seed"], row["variant"], row["budget"]) for row in _rows(args.csv)}
     measured = True
-    for budget in args.budgets.split(","):
+    for budget in (args.widths or args.budgets).split(","):
         if (*key, budget) in known:
             continue
         file, out = work / f"{budget}.yaml", work / budget
-        recipe["budget"]["avg_bits"] = float(budget)
+        recipe["budget"] |= {"bits": int(budget), "avg_bits": None} if args.widths else {"avg_bits": float(budget)}
         file.write_text(yaml.safe_dump(recipe))
         command = [
             sys.executable,
@@ -168,6 +180,38 @@ def _summary(rows: list[dict[str, str]]) -> None:
             ]
             cells += [", ".join(times), str(max(int(row["peak_mb"]) for row in here))]
             print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _interpolated(rows: list[dict[str, str]], averages: list[float]) -> None:
+    """Means over seeds at equal true bits: the logarithms of KL and of extra NLL, linear in the bits between widths."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        print(f"\n{model}: extra NLL, KL at equal true bits, between the widths on a logarithmic scale\n")
+        print("| quantizer | " + " | ".join(f"{average:g}" for average in averages) + " |")
+        print("| --- " * (len(averages) + 1) + "|")
+        for name in PARTS:
+            here = [row for row in rows if (row["model"], row["variant"]) == (model, name)]
+            bits = sorted({float(row["true_bits"]) for row in here})
+            if not bits:
+                continue
+            means = {
+                figure: [_mean_of(here, true_bits=one, figure=figure) for one in bits] for figure in ("extra_nll", "kl")
+            }
+            cells = [
+                ", ".join(_between(average, bits, means[figure]) for figure in ("extra_nll", "kl"))
+                for average in averages
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _mean_of(rows: list[dict[str, str]], *, true_bits: float, figure: str) -> float:
+    found = [float(row[figure]) for row in rows if float(row["true_bits"]) == true_bits]
+    return sum(found) / len(found)
+
+
+def _between(average: float, bits: list[float], figures: list[float]) -> str:
+    if not bits[0] <= average <= bits[-1] or min(figures) <= 0:
+        return "-"
+    return f"{math.exp(float(np.interp(average, bits, [math.log(figure) for figure in figures]))):.4f}"
 
 
 def _mean(values: list[float]) -> str:

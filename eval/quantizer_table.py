@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from windows import spread
 
 from llmmpq import pipeline
 from llmmpq.evaluate.perplexity import token_nll
@@ -40,7 +41,7 @@ UNIFORM: dict[str, dict[str, Any]] = {
     "  the default, groups of 128": {"quantizer.group_size": 128},
 }
 AVERAGES = (2.5, 2.75, 3.0, 3.296875, 3.5, 4.0)
-KL_WINDOWS = 24  # the original's log-probabilities of these are kept in memory
+KL_WINDOWS = 48  # the original's log-probabilities of these are kept in memory, in 16 bits
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
 
     folder, original = pipeline.load_model(args.model)
     text = packaged_text("heldout.txt") if args.text is None else read_text(args.text)
-    windows = evaluation_windows(load_tokenizer(folder), text, args.window)[: args.max_windows]
+    windows = spread(evaluation_windows(load_tokenizer(folder), text, args.window), args.max_windows)
     judge = Judge(original, windows)
     print(f"{args.model}: {windows.numel()} tokens, windows of {args.window}, original NLL {judge.nll:.4f}")
     rows: list[dict[str, object]] = []
