@@ -11,8 +11,8 @@ measures for all its budgets.
 With `--widths` every matrix has the same width and nothing is measured or allocated: what the quantizer alone is worth,
 in a tenth of the time. Figures at equal true bits are then interpolated, on a logarithmic scale, between the widths.
 
-Judged on text that was neither calibrated on nor probed. Rows are appended to the CSV as they come, and runs found in it
-are not made again.
+Judged on text that was neither calibrated on nor probed. Rows are appended to the CSV as they come, and runs found in
+it are not made again.
 """
 
 from __future__ import annotations
