@@ -6,6 +6,7 @@ import io
 import threading
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="matrices of these tests are on the CPU"),
     pytest.mark.skipif(native.load().problem is not None, reason=str(native.load().problem)),
 ]
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-llama-v1"
 WIDTH, ROWS = 72, {"q_proj": 40, "k_proj": 24, "v_proj": 17}
 
 
@@ -361,3 +363,24 @@ def test_explaining_on_a_gpu(monkeypatch):
     assert told(four, four, num_rows=16) == ("separate", False, "gemm takes one matrix at a time")
     assert told(wide, wide, four)[2] == "9 runs of widths together, at most 8"
     assert told(four, Scheme(bits=4, group_size=24))[2] == "their kernels differ: gemv and reference"
+
+
+def test_a_loaded_model_shares_launches_and_says_the_same(monkeypatch, launches):
+    """Loaded, saved and dequantized as anything else; the text that it writes does not change by a token."""
+    from llmmpq.hf import LlmmpqForCausalLM
+
+    model = LlmmpqForCausalLM.from_pretrained(str(GOLDEN))
+    ids = torch.arange(5)[None]
+    together_text = model.generate(ids, max_new_tokens=8, do_sample=False)
+    num_blocks = model.config.num_hidden_layers
+    assert launches.count(3) >= 8 * num_blocks
+    assert launches.count(2) >= 8 * num_blocks
+    assert not any(siblings_of(block.self_attn).apart for block in model.model.layers)
+    monkeypatch.setenv(choice.TOGETHER_VARIABLE, "0")
+    alone = LlmmpqForCausalLM.from_pretrained(str(GOLDEN))
+    launches.clear()
+    assert torch.equal(alone.generate(ids, max_new_tokens=8, do_sample=False), together_text)
+    assert set(launches) == {1}
+    assert list(model.state_dict()) == list(alone.state_dict())
+    model.dequantize()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
