@@ -5,7 +5,8 @@
     python eval/decode_bench.py --model 2048 --schemes 3,mixed --rounds 5 --out table.csv
 
 Every variant is built and measured once in each round, so that a machine that slows down slows all of them; figures are
-medians over the rounds. `reference` is what every linear did before there were kernels: the matrix unpacked by plain
+medians over the rounds. With --apart, `packed` lets q, k and v share a launch, and gate and up, which `apart` does
+not. `reference` is what every linear did before there were kernels: the matrix unpacked by plain
 torch for each call. The head and the embedding are not packed.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmmpq.evaluate.speed import copy_bandwidth, held_nbytes, measure_speed, read_nbytes
 from llmmpq.records import PackedTensor
 from llmmpq.runtime import choice
-from llmmpq.runtime.linear import PackedLinear
+from llmmpq.runtime.linear import PackedLinear, share_launches
 from llmmpq.scheme import Scheme
 
 # (hidden, intermediate, blocks, heads, key/value heads, words). The 2048-wide one has the blocks of TinyLlama, four of
@@ -108,6 +110,8 @@ def measure(name: str, variant: str, arguments: argparse.Namespace, device: torc
     choice.choose.cache_clear()
     if form:
         pack(model, form)
+    if kind != "apart":
+        share_launches(model)
     if kind == "reference":
         only_reference(model, device)
     speed = measure_speed(model, batch=arguments.batch, prompt=arguments.prompt, new=arguments.new)
@@ -141,16 +145,20 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--apart", action="store_true", help="also with a launch for each matrix")
     parser.add_argument("--reference", action="store_true", help="also without kernels, at each width")
     parser.add_argument("--out", type=Path, help="a CSV")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.apart:
+        os.environ[choice.TOGETHER_VARIABLE] = "1"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     forms = arguments.schemes
     plain = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
     variants = plain + [f"packed {form}" for form in forms]
+    variants += [f"apart {form}" for form in forms] if arguments.apart else []
     variants += [f"reference {form}" for form in forms] if arguments.reference else []
     copy = copy_bandwidth(device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, copy {copy / 1e9:.1f} GB/s")

@@ -10,6 +10,9 @@ has another copy of the operands, and the copies together exceed the second-leve
 is timed, its result is compared with the reference's in float32, column by column, in memory that held NaN before. A
 wrong one gets a line without a time, and the exit code is 1 in the end. Lines are written as they come.
 
+First come matrices with one input, q, k and v, and gate and up: `apart` is a launch for each, `together` one for all,
+and both must give the same bits. Without `eager` they are in a graph too; with it, it is the host that launches them.
+
 Needs torch, triton and `kernels/torch-ext` alone: neither the toolkit nor a network.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import os
 import statistics
 import subprocess
@@ -32,8 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
 
-from llmmpq_kernels import dequantize, tuning  # noqa: E402
-from llmmpq_kernels.operands import Operands  # noqa: E402
+from llmmpq_kernels import dequantize, together, tuning  # noqa: E402
+from llmmpq_kernels.operands import Operands, refusal_together  # noqa: E402
 
 # (N, K) of q and o, k and v, gate and up, down; the two of the targets first.
 SHAPES = [
@@ -46,6 +50,16 @@ SHAPES = [
     (1024, 4096),
     (1024, 8192),
 ]
+# What has one input, by its shapes: q, k and v, gate and up, of 8B and 70B.
+Sets = list[tuple[str, tuple[tuple[int, int], ...]]]
+SETS: Sets = [
+    ("qkv 8b", ((4096, 4096), (1024, 4096), (1024, 4096))),
+    ("gate+up 8b", ((14336, 4096), (14336, 4096))),
+    ("qkv 70b", ((8192, 8192), (1024, 8192), (1024, 8192))),
+    ("gate+up 70b", ((28672, 8192), (28672, 8192))),
+]
+SMOKE_SETS: Sets = [("qkv smoke", ((64, 2048), (32, 2048), (16, 2048)))]
+TOGETHER_FORMATS = ["3", "4", "mixed 2.5"]
 ROWS = [1, 4, 16, 64, 2048]
 # Name -> (width, share of the groups). The two mixed ones are 2.5 and 3.5 bits of code on average.
 FORMATS = {
@@ -59,6 +73,7 @@ FORMATS = {
 GROUP_SIZE = 128
 ROTATED_NBYTES = 256 * 2**20  # four times the second-level cache of an H200
 MOST_COPIES, LAUNCHES, REPLAYS = 64, 20, 7
+OURS = (*tuning.BACKENDS, "together")
 TOLERANCE = 1.2e-2  # of bfloat16, as in tests/kernels
 COMPILERS = 8  # processes that fill Triton's cache before anything is timed
 
@@ -124,15 +139,16 @@ def stored_nbytes(operands: Operands) -> int:
 
 def copies_of(operands: Operands) -> list[Operands]:
     num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // stored_nbytes(operands))))
-    return [operands] + [
-        dataclasses.replace(
-            operands,
-            words=operands.words.clone(),
-            scales=operands.scales.clone(),
-            zeros=None if operands.zeros is None else operands.zeros.clone(),
-        )
-        for _ in range(num - 1)
-    ]
+    return [operands] + [copy_of(operands) for _ in range(num - 1)]
+
+
+def copy_of(operands: Operands) -> Operands:
+    return dataclasses.replace(
+        operands,
+        words=operands.words.clone(),
+        scales=operands.scales.clone(),
+        zeros=None if operands.zeros is None else operands.zeros.clone(),
+    )
 
 
 def weights_of(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
@@ -146,6 +162,21 @@ def weights_of(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
         shape=operands.shape,
         dtype=dtype,
     )
+
+
+def eager_microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Of one call that the host launches, the calls taken in turn."""
+    if device.type == "cpu":
+        return microseconds(calls, device)
+    times = []
+    for _ in range(REPLAYS + 1):  # the first is not counted
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for index in range(LAUNCHES):
+            calls[index % len(calls)]()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - started) / LAUNCHES)
+    return statistics.median(times[1:])
 
 
 def microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
@@ -237,6 +268,78 @@ def worst_error(backend: str, x: torch.Tensor, operands: Operands, weights: torc
     return float(((y - wanted).norm(dim=0) / torch.maximum(wanted.norm(dim=0), squares.sum(dim=0).sqrt())).max())
 
 
+def apart(x: torch.Tensor, members: Sequence[Operands]) -> list[torch.Tensor]:
+    return [tuning.multiply("gemv", x, operands) for operands in members]
+
+
+def sets_of(sets: Sets, formats: list[str]) -> Iterator[tuple[str, str, list[tuple[tuple[int, int], str]]]]:
+    """Each set in each format, and then its members in turn in all of them."""
+    for label, shapes in sets:
+        for name in formats:
+            yield label, name, [(shape, name) for shape in shapes]
+        if len(formats) > 1:
+            yield label, "several", [(shape, formats[place % len(formats)]) for place, shape in enumerate(shapes)]
+
+
+def measure_together(
+    sets: Sets,
+    formats: list[str],
+    rows: list[int],
+    *,
+    device: torch.device,
+    copy: float,
+) -> Iterator[Row]:
+    """Sets with one input, for as many rows as may share a launch. `speedup` is against a launch for each."""
+    for label, name, wanted in sets_of(sets, formats):
+        members = [random_operands(shape, form, device, seed=place) for place, (shape, form) in enumerate(wanted)]
+        refused = refusal_together([(each.shape, each.runs, each.group_size) for each in members])
+        if refused is not None:
+            print(f"{label}, {name}: no shared launch: {refused}", file=sys.stderr)
+            continue
+        nbytes, num_weights = sum(map(stored_nbytes, members)), sum(shape[0] * shape[1] for shape, _ in wanted)
+        num_copies = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // nbytes)))
+        copies = [members] + [[copy_of(each) for each in members] for _ in range(num_copies - 1)]
+        for num in rows:
+            if num > together.MOST_ROWS or tuning.backend_for(num, tuning.launch_on(device)) != "gemv":
+                continue
+            x = torch.randn(num, wanted[0][0][1], device=device, dtype=torch.bfloat16)
+            error = together_error(x, members)
+            times = {}
+            for backend, call in (("apart", apart), ("together", tuning.multiply_together)):
+                calls = [partial(call, x, each) for each in copies]
+                for kind, timed in (("", microseconds), (" eager", eager_microseconds)):
+                    times[backend + kind] = timed(calls, device) if error < TOLERANCE else float("nan")
+            for backend, taken in times.items():
+                rate = (nbytes + 2 * num * (x.shape[1] + sum(shape[0] for shape, _ in wanted))) / taken / 1000
+                base = times[backend.replace("together", "apart")]
+                yield Row(
+                    shape=label,
+                    format=name,
+                    bits=round(8 * nbytes / num_weights, 4),
+                    rows=num,
+                    backend=backend,
+                    microseconds=round(taken, 2),
+                    gbytes_per_s=round(rate, 1),
+                    share=round(rate / copy, 4),
+                    speedup=round(base / taken, 3),
+                    error=round(error, 6),
+                )
+
+
+def together_error(x: torch.Tensor, members: Sequence[Operands]) -> float:
+    """The worst of the members' errors, NaN where a launch for all gives other bits than one for each, or fails."""
+    errors = [worst_error("gemv", x, each, weights_of(each, torch.float32)) for each in members]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        found = tuning.multiply_together(x, members)
+    except Exception as failure:  # as in `worst_error`
+        print(f"together, {[each.shape for each in members]}: {type(failure).__name__}: {failure}", file=sys.stderr)
+        return float("nan")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return max(errors) if all(map(torch.equal, found, apart(x, members))) else float("nan")
+
+
 OTHERS = {"torch int4": torch_int4, "gemlite": gemlite}
 
 
@@ -317,6 +420,17 @@ def compile_share(index: int, shapes: list[tuple[int, int]], formats: list[str],
                 tuning.multiply(backend, x, random_operands(shape, name, device))
 
 
+def compile_together(index: int, sets: Sets, formats: list[str], rows: list[int]) -> None:
+    device = torch.device("cuda")
+    for place, (_, _, wanted) in enumerate(sets_of(sets, formats)):
+        members = [random_operands(shape, form, device) for shape, form in wanted]
+        refused = refusal_together([(each.shape, each.runs, each.group_size) for each in members])
+        for num in rows:
+            if place % COMPILERS == index and refused is None and num <= together.MOST_ROWS:
+                x = torch.randn(num, members[0].shape[1], device=device, dtype=torch.bfloat16)
+                tuning.multiply_together(x, members)
+
+
 def show(rows: list[Row], copy: float) -> None:
     print(f"copy {copy:,.0f} GB/s")
     print(f"{'shape':>12} {'format':>10} {'rows':>5} {'backend':>12} {'us':>10} {'GB/s':>7} {'copy':>6} {'x bf16':>7}")
@@ -352,8 +466,10 @@ def main() -> None:
     started = time.monotonic()
     shapes = [(64, 2048)] if arguments.smoke else SHAPES
     rows, formats = [int(number) for number in arguments.rows.split(",")], arguments.formats
+    sets, shared = SMOKE_SETS if arguments.smoke else SETS, [name for name in TOGETHER_FORMATS if name in formats]
     if arguments.compile is not None:
         compile_share(arguments.compile, shapes, formats, rows)
+        compile_together(arguments.compile, sets, shared, rows)
         return
     if not torch.cuda.is_available() and not arguments.smoke:
         raise SystemExit("no GPU: use --smoke with TRITON_INTERPRET=1 to try the script")
@@ -371,11 +487,15 @@ def main() -> None:
     table = out.open("w", newline="")
     writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)])
     writer.writeheader()
-    for row in measure(shapes, formats, rows, device=device, copy=copy):
+    measured = itertools.chain(
+        measure_together(sets, shared, rows, device=device, copy=copy),
+        measure(shapes, formats, rows, device=device, copy=copy),
+    )
+    for row in measured:
         found.append(row)
         writer.writerow(dataclasses.asdict(row))
         table.flush()
-        if row.backend in tuning.BACKENDS and not row.error < TOLERANCE:
+        if row.backend in OURS and not row.error < TOLERANCE:
             wrong.append(row)
             print(
                 f"{row.backend} is wrong: {row.shape}, {row.format}, {row.rows} rows: error {row.error}",

@@ -32,7 +32,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmmpq.errors import CheckpointError
 from llmmpq.records import Scheme
 from llmmpq.runtime.contents import checked_names, content_problems
-from llmmpq.runtime.linear import STORED, PackedLinear
+from llmmpq.runtime.linear import STORED, PackedLinear, share_launches
+from llmmpq.runtime.together import separate
 from llmmpq.scheme import LAYOUT_VERSIONS, check_layout_version, refuse_newer_schemes
 
 METHOD = "llmmpq"
@@ -143,6 +144,7 @@ class LlmmpqHfQuantizer(HfQuantizer):
             # An architecture's `_keep_in_fp32_modules` may have widened the scales on their way in, without loss.
             if isinstance(module, PackedLinear) and module.scales.dtype not in (torch.float16, torch.uint8):
                 module.scales = nn.Parameter(module.scales.to(torch.float16))
+        share_launches(model)
         # The whole model: a packed linear cannot pass a gradient on to what lies before it.
         return model.requires_grad_(False)
 
@@ -158,6 +160,7 @@ class LlmmpqHfQuantizer(HfQuantizer):
                 if packed.bias is not None:
                     linear.bias = nn.Parameter(packed.bias.to(wanted))
                 _set_module(model, name, linear.train(packed.training))
+        separate(model)
         return model.requires_grad_(True)
 
     def is_serializable(self) -> bool:

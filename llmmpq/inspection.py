@@ -20,8 +20,8 @@ from llmmpq.hf import METHOD, LlmmpqConfig
 from llmmpq.model.checkpoint import Checkpoint
 from llmmpq.model.skeleton import locate_linears
 from llmmpq.output import DIGESTS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_FILE, read_object, read_plan, verify_digests
-from llmmpq.records import Plan, PlannedLinear
-from llmmpq.runtime.choice import explain
+from llmmpq.records import FUSED_ROLES, Plan, PlannedLinear
+from llmmpq.runtime.choice import explain, explain_together
 from llmmpq.runtime.contents import checked_names, content_problems
 from llmmpq.scheme import DTYPE_NBYTES
 
@@ -147,7 +147,10 @@ PROMPT_ROWS = 512  # of a usual prompt; a step of decoding has one
 
 
 def explain_runtime(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """For every packed matrix which kernel would run here, in decoding and on a prompt, and why not the others."""
+    """For every packed matrix which kernel would run here, in decoding and on a prompt, and why not the others.
+
+    `together`: which matrices share a launch, or why they do not.
+    """
     return {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -164,7 +167,32 @@ def explain_runtime(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> 
             }
             for name, linear in plan.linears.items()
         ],
+        "together": [
+            {
+                "names": list(names),
+                "rows": {
+                    str(num_rows): explain_together(
+                        device,
+                        dtype,
+                        [(plan.linears[name].shape, plan.linears[name].scheme) for name in names],
+                        num_rows=num_rows,
+                    )._asdict()
+                    for num_rows in (1, PROMPT_ROWS)
+                },
+            }
+            for names in _sets_of(plan)
+        ],
     }
+
+
+def _sets_of(plan: Plan) -> list[tuple[str, ...]]:
+    """Linears side by side whose names say that they have one input, where the plan has several of a set."""
+    sets = []
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in plan.linears):
+        for roles in FUSED_ROLES:
+            names = tuple(name for role in roles if (name := f"{parent}.{role}") in plan.linears)
+            sets += [names] if len(names) > 1 else []
+    return sets
 
 
 def _report_of_saved_again(*, verified: bool) -> dict[str, Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# Linears with one input, which runtimes run as one kernel where they can. Names of roles, not of models.
+FUSED_ROLES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:

@@ -69,6 +69,14 @@ def show_runtime(console: Console, runtime: Row) -> None:
         for backend, accepted, reason in why:
             sign = "runs" if backend == chosen else "could run" if accepted else "cannot"
             _say(console, f"    {backend}: {sign}: {reason}")
+    shared: dict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
+    for one in runtime["together"]:
+        for rows, found in one["rows"].items():
+            shared[rows, found["accepted"], found["reason"]].append(one["names"])
+    for (rows, accepted, reason), sets in shared.items():
+        what = f"{len(sets)} set{'s' if len(sets) > 1 else ''} of one input, such as {' + '.join(sets[0])}"
+        launched = "one launch" if accepted else "a launch each"
+        _say(console, f"{rows} row{'s' if int(rows) > 1 else ''}: {launched} for {what}: {reason}")
 
 
 def _say(console: Console, sentence: str) -> None:

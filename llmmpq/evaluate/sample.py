@@ -43,7 +43,7 @@ def generate_text(
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]  # transformers types it as a tensor
             input_ids=ids.to(model.device),

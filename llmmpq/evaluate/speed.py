@@ -47,7 +47,7 @@ def measure_speed(model: Any, *, batch: int, prompt: int, new: int) -> Speed:
     generator = torch.Generator().manual_seed(0)
     num_words = int(model.config.get_text_config().vocab_size)
     ids_BT = torch.randint(0, num_words, (batch, prompt), generator=generator).to(device)
-    with torch.inference_mode():
+    with torch.no_grad():
         first = _median_seconds(lambda: _read(model, ids_BT, None), device)
         step, in_graph, note = _decode_seconds(model, ids_BT, new)
     return Speed(

@@ -24,10 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from llmmpq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
 from llmmpq.patterns import matches
-from llmmpq.records import LinearSpec
-
-# Linears that other runtimes run as one kernel and that must then agree in format. Names of roles, not of models.
-FUSED_ROLES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+from llmmpq.records import FUSED_ROLES, LinearSpec
 
 
 @dataclass(frozen=True, kw_only=True)

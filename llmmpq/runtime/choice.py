@@ -1,23 +1,37 @@
 """Which backend multiplies with a packed matrix, and why the others do not.
 
 A backend that fails although it was accepted is out for matrices of that kind from then on: a warning names it once,
-and `explain` goes on saying why.
+and `explain` goes on saying why. Matrices that share one input may share one launch: `explain_together`. The
+environment variable LLMMPQ_TOGETHER says where: 0 nowhere, 1 also on a CPU; without it on GPUs.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from llmmpq.errors import KernelUnavailableError
 from llmmpq.scheme import Runs, Scheme
-from llmmpq_kernels.operands import refusal
+from llmmpq_kernels.operands import refusal, refusal_together
 
 TRITON, CPU, REFERENCE = ("gemv", "gemm", "dequantized"), "cpu", "reference"
+SEPARATE = "separate"
+TOGETHER_VARIABLE = "LLMMPQ_TOGETHER"
+# On a CPU a step of decoding took as long with shared calls as without (docs/log.md). On a GPU nobody has measured:
+# there the host launches kernel after kernel, and a small matrix takes less time than its launch.
+TOGETHER_DEVICES = {"": ("cuda",), "0": (), "1": ("cuda", "cpu")}
+TOGETHER_OFF = f"gained nothing where it was measured, on a {{}}: {TOGETHER_VARIABLE}=1 tries it"
+TOGETHER_REASONS = {
+    "gemv": "one launch for all of them, which nobody measured",
+    CPU: "one call of the compiled loops for all of them",
+}
+FAILED = "failed earlier: "
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # Asynchronous copies and bfloat16 in tensor cores, both of which the kernels are compiled and tested with.
 LEAST_CAPABILITY = (8, 0)
@@ -40,14 +54,20 @@ class Kind(NamedTuple):
     group_size: int
 
 
+Member = tuple[tuple[int, int], Runs, int]  # shape, runs and group size of one matrix of several
+
 _failures: dict[Kind, str] = {}
+_failures_together: dict[tuple[str, tuple[Kind, ...]], str] = {}
 
 
 def explain(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], scheme: Scheme, *, num_rows: int = 1
 ) -> list[Candidate]:
     """Every backend for so many rows of this dtype and a matrix of this shape, best first; the first accepted runs."""
-    runs, group_size = scheme.widths(shape), scheme.group_size
+    return _explain(device, dtype, scheme.widths(shape), scheme.group_size, num_rows)
+
+
+def _explain(device: torch.device, dtype: torch.dtype, runs: Runs, group_size: int, num_rows: int) -> list[Candidate]:
     considered = [
         *_consider_triton(device, dtype, runs, group_size, num_rows),
         _consider_cpu(device, dtype, runs, group_size),
@@ -113,7 +133,7 @@ def _consider_cpu(device: torch.device, dtype: torch.dtype, runs: Runs, group_si
 
 def _unless_failed(candidate: Candidate, device: torch.device, runs: Runs, group_size: int) -> Candidate:
     failure = _failures.get(_kind(candidate.backend, device, runs, group_size))
-    return candidate if failure is None else Candidate(candidate.backend, False, f"failed earlier: {failure}")
+    return candidate if failure is None else Candidate(candidate.backend, False, f"{FAILED}{failure}")
 
 
 def _consider_reference(dtype: torch.dtype) -> Candidate:
@@ -127,41 +147,126 @@ def choose(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], runs: Runs, group_size: int, num_rows: int
 ) -> str:
     """The first accepted. `num_rows` may be rounded up to a power of two: so are the figures it is compared with."""
-    mixed = len(runs) > 1
-    scheme = Scheme(bits=None if mixed else runs[0][0], runs=runs if mixed else (), group_size=group_size)
-    candidates = explain(device, dtype, shape, scheme, num_rows=num_rows)
+    candidates = _explain(device, dtype, runs, group_size, num_rows)
     for candidate in candidates:
         if candidate.accepted:
-            if candidate.backend == REFERENCE and device.type == "cpu":
-                _warn_without_loops(candidates)
+            if candidate.backend == REFERENCE:
+                _warn_of_reference(device, candidates)
             return candidate.backend
     reasons = "; ".join(f"{candidate.backend}: {candidate.reason}" for candidate in candidates)
-    bits = scheme.to_json()["bits"]
+    bits = runs[0][0] if len(runs) == 1 else dict(runs)
     raise KernelUnavailableError(f"no backend runs a {bits}-bit matrix of shape {shape} on {device} ({reasons})")
 
 
-def _warn_without_loops(candidates: list[Candidate]) -> None:
-    from llmmpq_kernels import native
-
-    problem = native.load().problem
-    if problem is not None and any(each.backend == CPU and each.reason == problem for each in candidates):
-        _warn_once(problem)
+def _warn_of_reference(device: torch.device, candidates: list[Candidate]) -> None:
+    """Where kernels exist for the device. A kernel that failed was named when it did."""
+    kernels = {"cpu": (CPU, "compiled loops for CPUs"), "cuda": (TRITON[0], "Triton kernels")}
+    backend, named = kernels.get(device.type, ("", ""))
+    for candidate in candidates:
+        if candidate.backend == backend and not candidate.reason.startswith(FAILED):
+            _warn_once(named, candidate.reason)
 
 
 @functools.cache
-def _warn_once(problem: str) -> None:
+def _warn_once(named: str, problem: str) -> None:
     warnings.warn(
-        f"llmmpq: the compiled loops for CPUs are not to be had, the slow reference runs in their place: {problem}",
+        f"llmmpq: the {named} cannot run, the slow reference runs in their place: {problem}",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
+def explain_together(
+    device: torch.device,
+    dtype: torch.dtype,
+    members: Sequence[tuple[tuple[int, int], Scheme]],
+    *,
+    num_rows: int = 1,
+) -> Candidate:
+    """Whether matrices of these shapes and schemes, which have one input, share a launch, by which backend, and why."""
+    return _explain_together(
+        device, dtype, tuple((shape, scheme.widths(shape), scheme.group_size) for shape, scheme in members), num_rows
+    )
+
+
+def _explain_together(
+    device: torch.device, dtype: torch.dtype, members: tuple[Member, ...], num_rows: int
+) -> Candidate:
+    if device.type not in together_on():
+        set_here = os.environ.get(TOGETHER_VARIABLE) == "0"
+        reason = f"switched off by {TOGETHER_VARIABLE}=0" if set_here else TOGETHER_OFF.format(device.type)
+        return Candidate(SEPARATE, False, reason)
+    backends = {_first_accepted(_explain(device, dtype, runs, group, num_rows)) for _, runs, group in members}
+    if len(backends) > 1:
+        return Candidate(SEPARATE, False, f"their kernels differ: {' and '.join(sorted(backends))}")
+    backend = backends.pop()
+    failure = _failures_together.get(_kinds(backend, device, members))
+    if failure is not None:
+        return Candidate(SEPARATE, False, f"{FAILED}{failure}")
+    if backend not in ("gemv", CPU):
+        return Candidate(SEPARATE, False, f"{backend} takes one matrix at a time")
+    problem = refusal_together(members) or _rows_problem(backend, device, members, num_rows)
+    if problem is not None:
+        return Candidate(SEPARATE, False, problem)
+    return Candidate(backend, True, TOGETHER_REASONS[backend])
+
+
+def _rows_problem(backend: str, device: torch.device, members: tuple[Member, ...], num_rows: int) -> str | None:
+    if backend == CPU:
+        from llmmpq_kernels import cpu
+
+        most = cpu.MOST_ROWS
+    else:
+        from llmmpq_kernels import together, tuning
+
+        if (problem := tuning.refusal_together(device, num_rows, members)) is not None:
+            return problem
+        most = together.MOST_ROWS
+    return None if num_rows <= most else f"{num_rows} rows given, at most {most} are multiplied so"
+
+
+def together_on() -> tuple[str, ...]:
+    """The types of devices on which launches are shared."""
+    value = os.environ.get(TOGETHER_VARIABLE, "")
+    if value not in TOGETHER_DEVICES:
+        raise ValueError(f"{TOGETHER_VARIABLE} is {value!r}, it takes 0 (no shared launches) and 1 (on a CPU too)")
+    return TOGETHER_DEVICES[value]
+
+
+def _first_accepted(candidates: list[Candidate]) -> str:
+    return next((candidate.backend for candidate in candidates if candidate.accepted), "none")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_together(device: torch.device, dtype: torch.dtype, members: tuple[Member, ...], num_rows: int) -> str | None:
+    """The backend that multiplies with all of them in one launch; None where each goes alone."""
+    candidate = _explain_together(device, dtype, members, num_rows)
+    return candidate.backend if candidate.accepted else None
+
+
+def give_up_together(backend: str, device: torch.device, members: tuple[Member, ...], error: Exception) -> None:
+    """Remember that a shared launch failed, and say so."""
+    reason = _first_line(error)
+    _failures_together[_kinds(backend, device, members)] = reason
+    choose_together.cache_clear()
+    warnings.warn(
+        f"llmmpq: the {backend} kernel failed on {device} for {len(members)} matrices in one launch, each is launched"
+        f" alone from now on: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _kinds(backend: str, device: torch.device, members: tuple[Member, ...]) -> tuple[str, tuple[Kind, ...]]:
+    return backend, tuple(_kind(backend, device, runs, group_size) for _, runs, group_size in members)
+
+
 def give_up_on(backend: str, device: torch.device, runs: Runs, group_size: int, error: Exception) -> None:
     """Remember a failure, and say so the first time."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = _first_line(error)
     _failures[_kind(backend, device, runs, group_size)] = reason
     choose.cache_clear()
+    choose_together.cache_clear()
     warnings.warn(
         f"llmmpq: the {backend} kernel failed on {device} for widths {[bits for bits, _ in runs]} in groups of"
         f" {group_size}, the slow reference runs in its place: {reason}",
@@ -172,6 +277,10 @@ def give_up_on(backend: str, device: torch.device, runs: Runs, group_size: int, 
 
 def _kind(backend: str, device: torch.device, runs: Runs, group_size: int) -> Kind:
     return Kind(backend, device.type, tuple(bits for bits, _ in runs), group_size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from llmmpq.errors import CheckpointError
-from llmmpq.records import PackedTensor, Scheme
-from llmmpq.runtime import ops
+from llmmpq.records import FUSED_ROLES, PackedTensor, Scheme
+from llmmpq.runtime import ops, together
 from llmmpq_kernels import reference
 from llmmpq_kernels.operands import Operands
 
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         is_traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor
         if not is_traced and not (x.requires_grad and torch.is_grad_enabled()):
-            return ops.multiply(x, self._operands())
+            return together.multiply(self, x)
         return ops.packed_linear(
             x,
             words=self.words,
@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
             scheme=self.scheme,
         )
 
-    def _operands(self) -> Operands:
+    def operands(self) -> Operands:
         """The parameters as kernels take them. Never kept: offloading takes them away again after each call."""
         held = self._parameters
         return Operands(
@@ -141,3 +141,10 @@ class PackedLinear(nn.Module):
             return changed
 
         return super()._apply(move_or_cast, recurse)
+
+
+def share_launches(model: nn.Module) -> None:
+    """Let q, k and v of a model, and gate and up, share launches on the devices where that is switched on."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    devices = tuple(device for device in ops.together_on() if there[device])
+    together.put_together(model, PackedLinear, FUSED_ROLES, devices)

@@ -14,7 +14,18 @@ from typing import NoReturn
 import torch
 
 from llmmpq.errors import KernelUnavailableError
-from llmmpq.runtime.choice import CPU, REFERENCE, Candidate, choose, explain, give_up_on
+from llmmpq.runtime.choice import (
+    CPU,
+    REFERENCE,
+    Candidate,
+    choose,
+    choose_together,
+    explain,
+    explain_together,
+    give_up_on,
+    give_up_together,
+    together_on,
+)
 from llmmpq.scheme import Scheme
 from llmmpq_kernels import reference
 from llmmpq_kernels.operands import MisfitError, Operands
@@ -22,7 +33,10 @@ from llmmpq_kernels.operands import MisfitError, Operands
 # Named in a RuntimeError where memory on the CPU runs out: torch has an error of its own for devices only.
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 
-__all__ = ["Candidate", "explain", "multiply", "packed_linear"]
+# What of `Operands` are tensors.
+TENSORS = ("words", "scales", "zeros", "order", "scale_base", "bias")
+
+__all__ = ["Candidate", "explain", "explain_together", "multiply", "multiply_together", "packed_linear", "together_on"]
 
 
 @torch.library.custom_op("llmmpq::packed_linear", mutates_args=())
@@ -92,6 +106,42 @@ def multiply(x: torch.Tensor, operands: Operands) -> torch.Tensor:
         runs=runs,
         group_size=group_size,
     )
+
+
+def multiply_together(x: torch.Tensor, members: Sequence[Operands]) -> list[torch.Tensor] | None:
+    """What `multiply` gives for each matrix, from one launch; None where each must go alone, which says why."""
+    num_columns = x.shape[-1]
+    if any(each.shape[1] != num_columns or each.words.device != x.device for each in members):
+        return None
+    num_rows = x.numel() // num_columns
+    if num_rows == 0:
+        return None
+    described = tuple([(each.shape, each.runs, each.group_size) for each in members])
+    backend = choose_together(x.device, x.dtype, described, 1 << (num_rows - 1).bit_length())
+    if backend is None:
+        return None
+    try:
+        outputs = _run_kernel_together(backend, x.reshape(num_rows, num_columns), members)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except MisfitError:  # whose it is, is said where each goes alone
+        return None
+    except Exception as error:  # as in `multiply`
+        if CPU_ALLOCATOR in str(error):
+            raise
+        give_up_together(backend, x.device, described, error)
+        return None
+    return [output.view(*x.shape[:-1], output.shape[1]) for output in outputs]
+
+
+def _run_kernel_together(backend: str, x_MK: torch.Tensor, members: Sequence[Operands]) -> list[torch.Tensor]:
+    if backend == CPU:
+        from llmmpq_kernels import cpu
+
+        return cpu.multiply_together(x_MK, members)
+    from llmmpq_kernels import tuning
+
+    return tuning.multiply_together(x_MK if x_MK.stride(1) == 1 else x_MK.contiguous(), members)
 
 
 def _run_kernel(backend: str, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:

@@ -20,12 +20,15 @@ def test_the_script_writes_a_table(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(out.open()))
+    kinds = ["apart", "apart eager", "together", "together eager"]
     assert [(row["format"], row["backend"]) for row in rows] == [
+        *((form, kind) for form in ("4", "several") for kind in kinds),
         ("bfloat16", "cublas"),
         ("4", "gemv"),
         ("mixed 2.5", "gemv"),
     ]
     assert all(float(row["microseconds"]) > 0 for row in rows)
+    assert "qkv smoke, mixed 2.5: no shared launch: 9 runs of widths together, at most 8" in done.stderr
     assert "gemlite at (64, 2048)" in done.stderr  # what is missing is said
 
 
@@ -53,18 +56,37 @@ def test_a_wrong_kernel_fails_in_the_end_and_keeps_the_rest(bench, monkeypatch, 
         if operands.runs[0][0] == 2 and fault == "raises":
             raise RuntimeError("no luck")
         if operands.runs[0][0] == 2 and fault == "one column":
-            y[:, 3] *= 1.1
+            y[:, 3] += y.norm()
         if operands.runs[0][0] == 2 and fault == "left out":
             y[:, 3] = torch.empty(len(y))
         return y
 
     monkeypatch.setattr(bench.tuning, "multiply", multiply)
+    monkeypatch.setattr(bench, "SMOKE_SETS", [])
     monkeypatch.setattr(sys, "argv", ["bench", "--smoke", "--rows", "1", "--formats", "4,2,8", "--out", str(out)])
     with pytest.raises(SystemExit, match="1 results were wrong"):
         bench.main()
     rows = list(csv.DictReader(out.open()))
     assert [row["format"] for row in rows] == ["bfloat16", "4", "2", "8"]
     assert [row["microseconds"] == "nan" for row in rows] == [False, False, True, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is run")
+@pytest.mark.parametrize("fault", ["another bit", "raises"])
+def test_a_shared_launch_with_other_bits_has_no_time(bench, monkeypatch, fault):
+    right = bench.tuning.multiply_together
+
+    def multiply_together(x, members):
+        if fault == "raises":
+            raise RuntimeError("no luck")
+        found = right(x, members)
+        found[-1][0, 5] *= 1.01  # within the tolerance of an error, but not what a launch of its own gives
+        return found
+
+    monkeypatch.setattr(bench.tuning, "multiply_together", multiply_together)
+    rows = list(bench.measure_together(bench.SMOKE_SETS, ["4"], [1, 16], device=torch.device("cpu"), copy=1.0))
+    assert [row.backend for row in rows] == ["apart", "apart eager", "together", "together eager"]
+    assert all(row.microseconds != row.microseconds and row.error != row.error for row in rows)
 
 
 @pytest.mark.parametrize(("script", "flag", "said"), [("kernel", "--formats", "2"), ("decode", "--schemes", "mixed")])

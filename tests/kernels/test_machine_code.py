@@ -6,12 +6,14 @@ a spilled register is memory traffic in a loop that lives on memory traffic.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the compiler: two minutes of one core
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,15 +32,23 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 
 
 # Written out: what is compiled in the other process is no list this one can ask for.
+KERNELS = [
+    *(f"gemv {bits} x1" for bits in (2, 3, 4, 8)),
+    *(f"gemm {bits} x{rows}" for bits in (2, 3, 4, 8) for rows in (16, 512)),
+    "dequantized 3",
+]
 NAMES = [
-    *(
-        f"gemv {widths} sm_{cap}"
-        for widths in ("2 x1", "3 x1", "4 x1", "8 x1", "2,3,4,8 x1", "3 x2", "2,3,4,8 x2", "3 x4", "2,3,4,8 x4")
-        for cap in (80, 90)
-    ),
-    *(f"gemm {rows} rows sm_{cap}" for rows in (16, 512) for cap in (80, 90)),
-    *(f"{kernel} sm_{cap}" for kernel in ("dequantized 3", "add_splits") for cap in (80, 90)),
-    *(f"{kernel} of ones sm_{cap}" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits") for cap in (80, 90)),
+    f"{kernel} sm_{capability}"
+    for kernel in (
+        *KERNELS,
+        *(f"{kernel} unaligned" for kernel in KERNELS),
+        *(f"gemv {widths}" for widths in ("3 x2", "3 x4", "2,3,4,8 x1", "2,3,4,8 x2", "2,3,4,8 x4")),
+        "together 3;4;2 x1",
+        "together 2,3;3,4;2,4 x2",
+        "add_splits",
+        *(f"{kernel} of ones" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits")),
+    )
+    for capability in (80, 90)
 ]
 
 
@@ -47,13 +57,39 @@ def test_all_kernels_were_compiled(compiled):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_spills_and_loads_are_long(compiled, name):
+def test_nothing_spills(compiled, name):
     code = compiled[name]
     assert code["spilled_nbytes"] == 0
     assert code["registers"] <= 255
-    assert code["loads"].get("16", 0) >= code["wanted_loads"]
     # Of a thread block on either chip.
     assert code["shared_nbytes"] <= 160 * 1024
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not (name.startswith("gemm") and "sm_80" in name)])
+def test_every_load_of_words_is_as_long_as_can_be(compiled, name):
+    """16 bytes, but for the planes of `compiling.wanted_nbytes`, and 4 where nothing is known of the rows.
+
+    The second half is what keeps the first honest: without the hint the same kernel has short loads, and they are seen.
+    """
+    assert sorted(map(int, compiled[name]["word_loads"])) == compiled[name]["wanted_nbytes"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_aligned_rows_make_loads_long(compiled, kernel, capability):
+    """All loads counted, whatever of: that rows are aligned is all the two differ in, and words are all it is about."""
+    aligned, other = (compiled[f"{kernel}{kind} sm_{capability}"]["loads"] for kind in ("", " unaligned"))
+    longer = {nbytes: aligned.get(nbytes, 0) - other.get(nbytes, 0) for nbytes in ("8", "16")}
+    wanted = {str(nbytes) for nbytes in compiled[f"{kernel} sm_{capability}"]["wanted_nbytes"]} - {"4"}
+    assert {nbytes for nbytes, more in longer.items() if more > 0} == wanted
+    assert aligned.get("4", 0) < other["4"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_which_loads_of_words_are_short(compiled, kernel):
+    """`wanted_nbytes` works it out; here it is in numbers."""
+    shorter = {"gemm 2 x512": [8], "gemm 3 x16": [8, 16], "gemm 3 x512": [4, 8]}
+    assert compiled[f"{kernel} sm_90"]["wanted_nbytes"] == shorter.get(kernel, [16])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemm")])
@@ -65,5 +101,5 @@ def test_products_of_many_rows_are_on_tensor_cores(compiled, name):
 def test_no_code_is_converted_by_the_slow_unit(compiled, name):
     """I2F runs at a sixteenth of the rate: `tiles.py` says how it is avoided."""
     # What is left are divisions of whole numbers, at most three for each run of widths and none for each chunk.
-    num_runs = name.split()[1].count(",") + 1
+    num_runs = len(re.split("[,;]", name.split()[1]))
     assert compiled[name]["instructions"].get("I2F", 0) <= 3 * num_runs

@@ -74,7 +74,12 @@ def test_inspect_says_what_would_run():
         for candidates in linear["candidates"].values():
             assert any(candidate["accepted"] for candidate in candidates)
             assert all(candidate["reason"] for candidate in candidates)
+    sets = [[name.rpartition(".")[2] for name in one["names"]] for one in found["runtime"]["together"]]
+    assert ["q_proj", "k_proj", "v_proj"] in sets
+    assert ["gate_proj", "up_proj"] in sets
+    assert all(rows["reason"] for one in found["runtime"]["together"] for rows in one["rows"].values())
     text = shown(speed_tables.show_runtime, found["runtime"])
     assert "reference: " in text
+    assert "of one input, such as model.layers.0.self_attn.q_proj + model.layers.0.self_attn.k_proj + " in text
     if not torch.cuda.is_available():
         assert "gemv: cannot: Triton kernels need a CUDA device, this is cpu" in text

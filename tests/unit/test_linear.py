@@ -224,6 +224,18 @@ def test_a_kernel_that_fails_gives_way_to_the_reference_with_one_warning(broken_
     assert picks(torch.device("cpu"), torch.float32, SHAPE, linear.scheme)["cpu"] == (False, "failed earlier: no luck")
 
 
+def test_the_reference_says_why_it_runs_once_for_each_reason():
+    choice._warn_once.cache_clear()
+    x = torch.randn(3, SHAPE[1])
+    with pytest.warns(RuntimeWarning, match="the slow reference runs in their place: groups of 24 are not a multiple"):
+        PackedLinear.from_packed(random_packed((41, SHAPE[1]), group_size=24))(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PackedLinear.from_packed(random_packed((43, SHAPE[1]), group_size=24))(x)
+    with pytest.warns(RuntimeWarning, match="activations are float64, it takes float32"):
+        PackedLinear.from_packed(random_packed((44, SHAPE[1])))(x.double())
+
+
 def test_memory_that_runs_out_is_no_fault_of_the_kernel(broken_cpu_kernel, monkeypatch):
     monkeypatch.setattr(cpu, "multiply", lambda _x, _operands: torch.empty(1 << 46))
     linear = PackedLinear.from_packed(random_packed())

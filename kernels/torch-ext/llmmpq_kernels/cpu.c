@@ -99,8 +99,15 @@ static inline int64_t column_of(const struct matrix *m, int64_t place, int64_t c
     return (m->order ? m->order[group] : group) * m->group_size + chunk % per_group * CHUNK;
 }
 
+/* One of several matrices that are multiplied with the same activations; mirrored by `cpu.Member`. */
+struct member {
+    const struct matrix *matrix;
+    float *stored, *sums, *out; /* [num_x, width], [num_x, groups] and [num_x, rows] */
+    int64_t width;              /* columns in stored order, whole chunks */
+};
+
 /* Activations [num_x, columns] in stored order, whole chunks side by side, and their sums for each stored group. */
-void llmmpq_prepare(const struct matrix *m, const float *x, int64_t num_x, int64_t width, float *stored, float *sums) {
+static void prepare(const struct matrix *m, const float *x, int64_t num_x, int64_t width, float *stored, float *sums) {
     int64_t per_group = m->group_size / CHUNK;
     memset(sums, 0, sizeof(float) * num_x * m->groups);
     for (int64_t i = 0; i < num_x; i++) {
@@ -178,14 +185,34 @@ static INLINE void multiply(const struct matrix *m, const float *x, int64_t widt
     }
 }
 
-/* Rows [first, last) of the product [num_x, rows], for 1 to 4 rows of prepared activations. */
-void llmmpq_multiply(const struct matrix *m, const float *x, int64_t num_x, int64_t width, const float *sums, float *out,
-                     int64_t first, int64_t last) {
+void llmmpq_prepare(const struct member *members, int64_t num_members, const float *x, int64_t num_x) {
+    for (int64_t i = 0; i < num_members; i++)
+        prepare(members[i].matrix, x, num_x, members[i].width, members[i].stored, members[i].sums);
+}
+
+/* Rows [first, last) of the product [num_x, rows] of one matrix, for 1 to 4 rows of prepared activations. */
+static void multiply_rows(const struct matrix *m, const float *x, int64_t num_x, int64_t width, const float *sums,
+                          float *out, int64_t first, int64_t last) {
     switch (num_x) {
     case 1: multiply(m, x, width, sums, out, first, last, 1); break;
     case 2: multiply(m, x, width, sums, out, first, last, 2); break;
     case 3: multiply(m, x, width, sums, out, first, last, 3); break;
     case 4: multiply(m, x, width, sums, out, first, last, 4); break;
+    }
+}
+
+/* Rows [first, last) of all members' products, counted from the first row of the first member on. */
+void llmmpq_multiply(const struct member *members, int64_t num_members, int64_t num_x, int64_t first, int64_t last) {
+    for (int64_t i = 0; i < num_members; i++) {
+        const struct member *each = members + i;
+        const struct matrix *m = each->matrix;
+        int64_t from = first < 0 ? 0 : first, to = last < m->rows ? last : m->rows;
+        for (int64_t done = 0; from < to && done < num_x; done += MOST_ROWS) {
+            int64_t count = num_x - done < MOST_ROWS ? num_x - done : MOST_ROWS;
+            multiply_rows(m, each->stored + done * each->width, count, each->width, each->sums + done * m->groups,
+                          each->out + done * m->rows, from, to);
+        }
+        first -= m->rows, last -= m->rows;
     }
 }
 

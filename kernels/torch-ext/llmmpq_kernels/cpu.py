@@ -1,6 +1,7 @@
 """Matrix times activations on a CPU, by the compiled loops of `cpu.c`.
 
-Few rows are multiplied straight from the words, four at a time. For more, blocks of rows of the matrix are made
+Few rows are multiplied straight from the words, four at a time; matrices with one input can share a call
+(`multiply_together`): one way in, and one waking of threads. For more rows, blocks of rows of the matrix are made
 float32 in the second-level cache and multiplied there by torch. Both use as many threads as torch does; sums are in
 float32, in an order that depends on the number of threads no more than torch's own do.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -23,7 +24,6 @@ from .reference import CPU_BLOCK_WEIGHTS
 from .runs import Runs
 
 FLOAT_NBYTES = 4
-ROWS_AT_ONCE = 4  # of `cpu.c`
 # Up to here each four rows unpack the matrix anew; from there on making it float32 once costs less.
 MOST_ROWS = 16
 # Fewer weights than this are done before another thread has woken up.
@@ -42,23 +42,51 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Member(ctypes.Structure):
+    """`struct member` of `cpu.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("matrix", "stored", "sums", "out")),
+        ("width", ctypes.c_int64),
+    )
+
+
 def multiply(x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
     """`x @ weight.T + bias` in x's dtype."""
-    library = native.load().handle
-    if library is None:
-        raise RuntimeError(f"no compiled loops: {native.load().problem}")
-    if not x_MK.is_cpu or x_MK.shape[1] != operands.shape[1]:
-        raise MisfitError(
-            f"activations are {list(x_MK.shape)} on {x_MK.device}, the matrix {list(operands.shape)} takes"
-            f" {operands.shape[1]} columns on the CPU"
-        )
-    matrix = _matrix_of(operands)
     if x_MK.shape[0] <= MOST_ROWS:
-        out_MN = _multiply_rows(library, matrix, x_MK, operands)
+        return multiply_together(x_MK, [operands])[0]
+    return _multiply_blocks(_library_for(x_MK, [operands]), _matrix_of(operands), x_MK, operands)
+
+
+def multiply_together(x_MK: torch.Tensor, members: Sequence[Operands]) -> list[torch.Tensor]:
+    """What `multiply` gives for each matrix, for few rows."""
+    library, num_rows = _library_for(x_MK, members), x_MK.shape[0]
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"1 to {MOST_ROWS} rows are multiplied straight from the words, {num_rows} given")
+    widths = [sum(operands.chunks) * CODES_PER_CHUNK for operands in members]
+    groups = [operands.scales.shape[1] for operands in members]
+    matrices = [_matrix_of(operands) for operands in members]  # each holds what its address stands for
+    outs = [torch.empty((num_rows, operands.shape[0]), dtype=torch.float32) for operands in members]
+    scratch = torch.empty(num_rows * (sum(widths) + sum(groups)), dtype=torch.float32)
+    place, rows = scratch.data_ptr(), []
+    for matrix, out_MN, width, count in zip(matrices, outs, widths, groups, strict=True):
+        sums = place + FLOAT_NBYTES * num_rows * width
+        rows.append(Member(ctypes.addressof(matrix), place, sums, out_MN.data_ptr(), width))
+        place = sums + FLOAT_NBYTES * num_rows * count
+    table, x = (Member * len(rows))(*rows), x_MK.to(torch.float32).contiguous()
+    address = ctypes.addressof(table)
+    library.llmmpq_prepare(address, len(rows), x.data_ptr(), num_rows)
+
+    def part(first: int, last: int) -> None:
+        library.llmmpq_multiply(address, len(rows), num_rows, first, last)
+
+    heights = [operands.shape[0] for operands in members]
+    weights = sum(height * width for height, width in zip(heights, widths, strict=True))
+    _share_rows(part, sum(heights), weights=weights)
+    for out_MN, operands in zip(outs, members, strict=True):
         if operands.bias is not None:
             out_MN += operands.bias
-        return out_MN.to(x_MK.dtype)
-    return _multiply_blocks(library, matrix, x_MK, operands)
+    return [out_MN.to(x_MK.dtype) for out_MN in outs]
 
 
 def dequantize(operands: Operands) -> torch.Tensor:
@@ -68,6 +96,19 @@ def dequantize(operands: Operands) -> torch.Tensor:
     weights_NK = torch.empty(operands.shape, dtype=torch.float32)
     _dequantize_rows(library, _matrix_of(operands), weights_NK, 0)
     return weights_NK
+
+
+def _library_for(x_MK: torch.Tensor, members: Sequence[Operands]) -> ctypes.CDLL:
+    library = native.load().handle
+    if library is None:
+        raise RuntimeError(f"no compiled loops: {native.load().problem}")
+    for operands in members:
+        if not x_MK.is_cpu or x_MK.shape[1] != operands.shape[1]:
+            raise MisfitError(
+                f"activations are {list(x_MK.shape)} on {x_MK.device}, the matrix {list(operands.shape)} takes"
+                f" {operands.shape[1]} columns on the CPU"
+            )
+    return library
 
 
 def _matrix_of(operands: Operands) -> Matrix:
@@ -131,33 +172,6 @@ def _check(
             )
         if not contiguous:
             raise MisfitError(f"{name} must lie in memory as it does in a file: call .contiguous() on it")
-
-
-def _multiply_rows(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:
-    num_rows, num_n = x_MK.shape[0], operands.shape[0]
-    x = x_MK.to(torch.float32).contiguous()
-    width, num_groups = sum(operands.chunks) * CODES_PER_CHUNK, operands.scales.shape[1]
-    scratch = torch.empty(num_rows * (width + num_groups), dtype=torch.float32)
-    out_MN = torch.empty((num_rows, num_n), dtype=torch.float32)
-    address, stored, out = ctypes.addressof(matrix), scratch.data_ptr(), out_MN.data_ptr()
-    sums = stored + FLOAT_NBYTES * num_rows * width
-    library.llmmpq_prepare(address, x.data_ptr(), num_rows, width, stored, sums)
-
-    def part(first: int, last: int) -> None:
-        for row in range(0, num_rows, ROWS_AT_ONCE):
-            library.llmmpq_multiply(
-                address,
-                stored + FLOAT_NBYTES * row * width,
-                min(ROWS_AT_ONCE, num_rows - row),
-                width,
-                sums + FLOAT_NBYTES * row * num_groups,
-                out + FLOAT_NBYTES * row * num_n,
-                first,
-                last,
-            )
-
-    _share_rows(part, num_n, weights=num_n * width)
-    return out_MN
 
 
 def _multiply_blocks(library: ctypes.CDLL, matrix: Matrix, x_MK: torch.Tensor, operands: Operands) -> torch.Tensor:

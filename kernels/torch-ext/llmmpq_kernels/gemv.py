@@ -32,6 +32,7 @@ from .tiles import columns_of, load_scales, load_words, load_zeros, offsets, spl
 # 4 rows of a mixed matrix take 136 of 255 registers on sm_90, 8 rows take 254 and soon spill: tensor cores take over.
 MOST_ROWS = 4
 ONE_BITS = 0x3F800000  # of 1.0 in float32
+ADD_BLOCK = 512  # outputs whose partial sums a program adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def _add_run(
     num_groups,
     stride_x,
     one_bits,
+    part,
     split,
     first_word,
     first_group,
@@ -78,7 +80,7 @@ def _add_run(
     PER_GROUP: tl.constexpr = GROUP // 32
     PLANE: tl.constexpr = 2 if BITS == 3 else BITS
     num_blocks = tl.cdiv(num_chunks, BLOCK_C)
-    for block in range((tl.program_id(1) + split - first_block % split) % split, num_blocks, split):
+    for block in range((part + split - first_block % split) % split, num_blocks, split):
         chunk = block * BLOCK_C
         words = load_words(row_N, first_word, chunk, num_chunks, PLANE, BLOCK_C)
         fields_NCL = split_fields(words, one_bits, PLANE, 0, BLOCK_N, BLOCK_C)
@@ -115,6 +117,105 @@ def _add_run(
     return acc_MNC
 
 
+@triton.jit
+def _multiply_tile(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    base_ptr,
+    zeros_ptr,
+    order_ptr,
+    bias_ptr,
+    out_ptr,
+    num_m,
+    num_n,
+    num_k,
+    num_groups,
+    stride_x,
+    row_words,
+    chunks0,
+    chunks1,
+    chunks2,
+    chunks3,
+    one_bits,
+    tile,
+    part,
+    split,
+    WIDTHS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MIXED: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+):
+    """Rows `tile * BLOCK_N` on, the share `part` of `split` of their chunks.
+
+    `chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be. A size of 1
+    reaches a kernel as a constant, not a tensor: no method of a tensor is called on a size.
+    """
+    n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end read the last one again: no mask in the loop, and nothing of them is stored.
+    safe_N = tl.minimum(n_N, num_n - 1)
+    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
+    zero_words = (num_n + 31) // 32
+    acc_MNC = tl.zeros((M, BLOCK_N, BLOCK_C), tl.float32)
+    first_word = 0
+    first_group = 0
+    first_zero = tl.full((), 0, tl.int64)
+    first_block = 0
+    for run in tl.static_range(len(WIDTHS)):
+        units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
+        num_chunks = units * ALIGN
+        acc_MNC = _add_run(
+            acc_MNC,
+            x_ptr,
+            row_N,
+            scales_ptr,
+            base_ptr,
+            zeros_ptr,
+            order_ptr,
+            safe_N,
+            num_m,
+            num_n,
+            num_k,
+            num_groups,
+            stride_x,
+            one_bits,
+            part,
+            split,
+            first_word,
+            first_group,
+            first_zero,
+            first_block,
+            num_chunks,
+            WIDTHS[run],
+            GROUP,
+            M,
+            BLOCK_N,
+            BLOCK_C,
+            HAS_ZEROS,
+            MIXED,
+            EIGHT_BIT,
+        )
+        run_groups = tl.cdiv(num_chunks, GROUP // 32)
+        first_word += WIDTHS[run] * num_chunks
+        first_group += run_groups
+        first_zero += run_groups.to(tl.int64) * (WIDTHS[run] * zero_words)
+        first_block += tl.cdiv(num_chunks, BLOCK_C)
+    out_MN = tl.sum(acc_MNC, 2)
+    m_M = tl.arange(0, M)
+    inside = (m_M < num_m)[:, None] & (n_N < num_n)[None, :]
+    if HAS_BIAS:
+        out_MN += tl.load(bias_ptr + safe_N).to(tl.float32)[None, :]
+    row_M = part * num_m + m_M
+    places = row_M.to(tl.int64)[:, None] * num_n + n_N[None, :]
+    tl.store(out_ptr + places, out_MN.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_m", "num_groups", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits", "split"])
 def gemv_kernel(
     x_ptr,
@@ -148,66 +249,66 @@ def gemv_kernel(
     MIXED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):
-    """`chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be.
+    """A program for each block of rows and each share of their chunks."""
+    _multiply_tile(
+        x_ptr,
+        words_ptr,
+        scales_ptr,
+        base_ptr,
+        zeros_ptr,
+        order_ptr,
+        bias_ptr,
+        out_ptr,
+        num_m,
+        num_n,
+        num_k,
+        num_groups,
+        stride_x,
+        row_words,
+        chunks0,
+        chunks1,
+        chunks2,
+        chunks3,
+        one_bits,
+        tl.program_id(0),
+        tl.program_id(1),
+        split,
+        WIDTHS,
+        ALIGN,
+        GROUP,
+        M,
+        BLOCK_N,
+        BLOCK_C,
+        HAS_ZEROS,
+        HAS_BIAS,
+        MIXED,
+        EIGHT_BIT,
+    )
 
-    A size of 1 reaches a kernel as a constant, not a tensor: no method of a tensor is called on a size.
-    """
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end read the last one again: no mask in the loop, and nothing of them is stored.
-    safe_N = tl.minimum(n_N, num_n - 1)
-    row_N = words_ptr + safe_N.to(tl.int64) * row_words * ALIGN
-    zero_words = (num_n + 31) // 32
-    acc_MNC = tl.zeros((M, BLOCK_N, BLOCK_C), tl.float32)
-    first_word = 0
-    first_group = 0
-    first_zero = tl.full((), 0, tl.int64)
-    first_block = 0
-    for run in tl.static_range(len(WIDTHS)):
-        units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
-        num_chunks = units * ALIGN
-        acc_MNC = _add_run(
-            acc_MNC,
-            x_ptr,
-            row_N,
-            scales_ptr,
-            base_ptr,
-            zeros_ptr,
-            order_ptr,
-            safe_N,
-            num_m,
-            num_n,
-            num_k,
-            num_groups,
-            stride_x,
-            one_bits,
-            split,
-            first_word,
-            first_group,
-            first_zero,
-            first_block,
-            num_chunks,
-            WIDTHS[run],
-            GROUP,
-            M,
-            BLOCK_N,
-            BLOCK_C,
-            HAS_ZEROS,
-            MIXED,
-            EIGHT_BIT,
-        )
-        run_groups = tl.cdiv(num_chunks, GROUP // 32)
-        first_word += WIDTHS[run] * num_chunks
-        first_group += run_groups
-        first_zero += run_groups.to(tl.int64) * (WIDTHS[run] * zero_words)
-        first_block += tl.cdiv(num_chunks, BLOCK_C)
-    out_MN = tl.sum(acc_MNC, 2)
-    m_M = tl.arange(0, M)
-    inside = (m_M < num_m)[:, None] & (n_N < num_n)[None, :]
+
+@triton.jit
+def _add_block(
+    partial_ptr,
+    bias_ptr,
+    out_ptr,
+    num_n,
+    plane,
+    block,
+    split,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Partial sums [S, M, N] -> a block of out [M, N], first to last; `plane` is M * N."""
+    place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < plane
+    total = tl.zeros((BLOCK,), tl.float32)
+    source = place
+    for _ in range(split):
+        total += tl.load(partial_ptr + source, mask=inside, other=0.0)
+        source += plane
     if HAS_BIAS:
-        out_MN += tl.load(bias_ptr + safe_N).to(tl.float32)[None, :]
-    row_M = tl.program_id(1) * num_m + m_M
-    places = row_M.to(tl.int64)[:, None] * num_n + n_N[None, :]
-    tl.store(out_ptr + places, out_MN.to(out_ptr.dtype.element_ty), mask=inside)
+        total += tl.load(bias_ptr + place % num_n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["split"])
@@ -221,17 +322,7 @@ def add_splits_kernel(
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Partial sums [S, M, N] -> out [M, N], first to last; `plane` is M * N."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < plane
-    total = tl.zeros((BLOCK,), tl.float32)
-    source = place
-    for _ in range(split):
-        total += tl.load(partial_ptr + source, mask=inside, other=0.0)
-        source += plane
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + place % num_n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
+    _add_block(partial_ptr, bias_ptr, out_ptr, num_n, plane, tl.program_id(0), split, BLOCK, HAS_BIAS)
 
 
 def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torch.Tensor:
@@ -272,14 +363,14 @@ def multiply(x_MK: torch.Tensor, operands: Operands, config: GemvConfig) -> torc
 
 def add_splits(partial_SMN: torch.Tensor, bias_N: torch.Tensor | None, out_MN: torch.Tensor) -> None:
     """The sum over the first axis, first to last, plus bias, into `out_MN`."""
-    plane, block = out_MN.numel(), 512
-    add_splits_kernel[(triton.cdiv(plane, block),)](
+    plane = out_MN.numel()
+    add_splits_kernel[(triton.cdiv(plane, ADD_BLOCK),)](
         partial_SMN,
         partial_SMN if bias_N is None else bias_N,
         out_MN,
         out_MN.shape[1],
         plane,
         partial_SMN.shape[0],
-        BLOCK=block,
+        BLOCK=ADD_BLOCK,
         HAS_BIAS=bias_N is not None,
     )

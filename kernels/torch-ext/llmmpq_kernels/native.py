@@ -79,8 +79,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     signatures = {
-        "llmmpq_prepare": (pointer, pointer, number, number, pointer, pointer),
-        "llmmpq_multiply": (pointer, pointer, number, number, pointer, pointer, number, number),
+        "llmmpq_prepare": (pointer, number, pointer, number),
+        "llmmpq_multiply": (pointer, number, number, number, number),
         "llmmpq_dequantize": (pointer, pointer, number, number),
     }
     for name, arguments in signatures.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from .layout import CODES_PER_CHUNK
 from .runs import Runs
 
 MOST_RUNS = 4
+# Of matrices that share a launch. Each run is code of its own in the one kernel, and every mix of runs another kernel.
+MOST_RUNS_TOGETHER = 8
 WORDS_PER_LOAD = 4  # 16 bytes, the longest load of a thread
 
 
@@ -90,3 +93,22 @@ def refusal(runs: Runs, group_size: int) -> str | None:
     if len(runs) > MOST_RUNS:
         return f"{len(runs)} runs of widths, at most {MOST_RUNS}"
     return None
+
+
+def refusal_together(members: Sequence[tuple[tuple[int, int], Runs, int]]) -> str | None:
+    """Why matrices of these shapes, runs and group sizes cannot share a launch; None where they can."""
+    for _, runs, group_size in members:
+        if (problem := refusal(runs, group_size)) is not None:
+            return problem
+    columns, sizes = {shape[1] for shape, *_ in members}, {group_size for *_, group_size in members}
+    if len(columns) > 1:
+        return f"they have {_listed(columns)} columns, and one input has one number of them"
+    if len(sizes) > 1:
+        return f"groups of {_listed(sizes)}, a launch takes one size"
+    if (num_runs := sum(len(runs) for _, runs, _ in members)) > MOST_RUNS_TOGETHER:
+        return f"{num_runs} runs of widths together, at most {MOST_RUNS_TOGETHER}"
+    return None
+
+
+def _listed(numbers: set[int]) -> str:
+    return " and ".join(map(str, sorted(numbers)))

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import torch
 
-from . import gemm, gemv
+from . import gemm, gemv, together
 from .operands import Operands
 from .runs import Runs
 
@@ -79,6 +80,26 @@ def multiply(backend: str, x_MK: torch.Tensor, operands: Operands) -> torch.Tens
     if backend == "gemv":
         return gemv.multiply(x_MK, operands, gemv_config(x_MK.device, bucket, shape, runs, chunks))
     return gemm.multiply(x_MK, operands, gemm_config(x_MK.device, bucket, shape, runs, chunks))
+
+
+def multiply_together(x_MK: torch.Tensor, members: Sequence[Operands]) -> list[torch.Tensor]:
+    """What `multiply` gives for each matrix by the kernel for few rows, in one launch."""
+    bucket = 1 << (x_MK.shape[0] - 1).bit_length()
+    configs = [gemv_config(x_MK.device, bucket, each.shape, each.runs, each.chunks) for each in members]
+    return together.multiply(x_MK, members, configs)
+
+
+def refusal_together(
+    device: torch.device, num_rows: int, members: Sequence[tuple[tuple[int, int], Runs, int]]
+) -> str | None:
+    """Why the figures of this device let matrices of these shapes, runs and group sizes share no launch."""
+    entries = [_first_fitting(launch_on(device).gemv, num_rows, runs) for _, runs, _ in members]
+    warps = sorted({entry["num_warps"] for entry in entries})
+    return (
+        None
+        if len(warps) == 1
+        else f"their programs have {' and '.join(map(str, warps))} warps, a launch has one number"
+    )
 
 
 @functools.lru_cache(maxsize=4096)
