@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.compiling import unaligned_capability
+
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the compiler: two minutes of one core
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +43,6 @@ NAMES = [
     f"{kernel} sm_{capability}"
     for kernel in (
         *KERNELS,
-        *(f"{kernel} unaligned" for kernel in KERNELS),
         *(f"gemv {widths}" for widths in ("3 x2", "3 x4", "2,3,4,8 x1", "2,3,4,8 x2", "2,3,4,8 x4")),
         "together 3;4;2 x1",
         "together 2,3;3,4;2,4 x2",
@@ -49,7 +50,7 @@ NAMES = [
         *(f"{kernel} of ones" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits")),
     )
     for capability in (80, 90)
-]
+] + [f"{kernel} unaligned sm_{unaligned_capability(kernel)}" for kernel in KERNELS]
 
 
 def test_all_kernels_were_compiled(compiled):
@@ -75,9 +76,9 @@ def test_every_load_of_words_is_as_long_as_can_be(compiled, name):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_aligned_rows_make_loads_long(compiled, kernel, capability):
+def test_aligned_rows_make_loads_long(compiled, kernel):
     """All loads counted, whatever of: that rows are aligned is all the two differ in, and words are all it is about."""
+    capability = unaligned_capability(kernel)
     aligned, other = (compiled[f"{kernel}{kind} sm_{capability}"]["loads"] for kind in ("", " unaligned"))
     longer = {nbytes: aligned.get(nbytes, 0) - other.get(nbytes, 0) for nbytes in ("8", "16")}
     wanted = {str(nbytes) for nbytes in compiled[f"{kernel} sm_{capability}"]["wanted_nbytes"]} - {"4"}
