@@ -1,13 +1,21 @@
 """Signal and chance in products of a short probe: known for drawn ones, found again, taken out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from llmmpq import measuring
 from llmmpq.allocate.problem import build_problem
 from llmmpq.allocate.shrink import believed
 from llmmpq.allocate.solve import solve_quadratic, to_program
+from llmmpq.job import open_job
 from llmmpq.measure.reliability import fit_factors, reliability_of
+from llmmpq.progress import Silent
+from llmmpq.recipe import Recipe
 from llmmpq.records import LinearSpec, Quadratic, Reliability, Scheme, Sensitivity
+from llmmpq.session import open_session
+from tests import tiny
 
 NUM_LINEARS, NUM_BLOCKS = 60, 4
 LINEAR_O = np.repeat(np.arange(NUM_LINEARS), 2)
@@ -177,3 +185,45 @@ def test_reliability_travels_with_the_measurement():
             assert after.reliability is not None
             for name in ("across_O", "within_O", "block_O"):
                 assert np.array_equal(getattr(after.reliability, name), getattr(known, name))
+
+
+def test_a_measurement_compares_the_halves_of_each_candidate(tmp_path, monkeypatch):
+    """Where the first half says the same as the whole, all is believed; the work folder keeps it."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    recipe = Recipe.from_dict({}).override(
+        {
+            "model": str(tiny.save("llama", tmp_path / "llama")),
+            "budget.avg_bits": 3.5,
+            "calibration.source": str(text),
+            "calibration.tokens": 128,
+            "calibration.window": 32,
+            "measurement.tokens": 64,
+            "quantizer.group_size": 32,
+            "quantizer.sweeps": 0,
+            "allocation.widths": [2, 4],
+            "allocation.layer_only": True,
+            "run.device": "cpu",
+        }
+    )
+    finish_ride = measuring.finish_ride
+
+    def finish(*args, **named):
+        found = finish_ride(*args, **named)
+        assert found.half_CC is not None  # two windows
+        return replace(found, half_CC=found.gram_CC)
+
+    monkeypatch.setattr(measuring, "finish_ride", finish)
+    with open_job(open_session(recipe), out=tmp_path / "out", work_dir=tmp_path / "work", progress=Silent()) as job:
+        found = measuring.measure_pairs(job).quadratic.reliability
+        again = measuring.measure_pairs(job).quadratic.reliability  # from the work folder
+    assert found.across_O.tolist() == [1.0] * 42
+    assert found.block_O.tolist() == [index // 14 for index in range(42)]
+    assert np.array_equal(again.across_O, found.across_O)
+    assert np.array_equal(again.block_O, found.block_O)
+
+
+def test_around_a_plan_the_coarser_of_two_options_counts():
+    sensitivity = sensitivity_with(None)
+    assert measuring._levels(sensitivity.linears, sensitivity.options, None).tolist() == [2, 4] * 3
+    assert measuring._levels(sensitivity.linears, sensitivity.options, (0, 1, 1)).tolist() == [2, 2, 2, 4, 2, 4]
