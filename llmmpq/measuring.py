@@ -6,7 +6,7 @@ The result lies in the work folder under the digest of everything it depends on,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmmpq.measure.block_loss import measure_block
 from llmmpq.measure.candidates import MeasureSettings, candidates_of
 from llmmpq.measure.pairs import Candidates, LoadedModel, count_passes, to_gram
 from llmmpq.measure.perturb import Perturbations, expected_forwards
+from llmmpq.measure.reliability import reliability_of
 from llmmpq.model.stream import Block
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.linear import dequantized
@@ -215,6 +216,8 @@ def measure_every_pair(job: Job) -> Sensitivity:
     gram, said = to_gram(kl_C, kl_CC + kl_CC.T, linear_of)
     found = Perturbations(
         gram_CC=gram,
+        half_CC=None,
+        half_share=1.0,
         linear_C=np.zeros(num_rows),
         constant=0.0,
         kl_C=kl_C,
@@ -273,6 +276,18 @@ def _finished(
     base = None
     if around is not None:
         base = tuple(options[spec.name].index(around.linears[spec.name].scheme) for spec in linears)
+    reliability = None
+    if found.half_CC is not None:
+        half = np.zeros((total, total))
+        half[np.ix_(index, index)] = found.half_CC
+        reliability = reliability_of(
+            gram,
+            half,
+            half_share=found.half_share,
+            linear_O=np.repeat(np.arange(len(linears)), [len(options[spec.name]) for spec in linears]),
+            block_O=np.repeat([spec.block for spec in linears], [len(options[spec.name]) for spec in linears]),
+            level_O=_levels(linears, options, base),
+        )
     if found.num_excluded:
         warnings = [*warnings, f"{found.num_excluded} probe tokens with NaN or inf left out"]
     sensitivity = Sensitivity(
@@ -289,10 +304,24 @@ def _finished(
             base=base,
             base_kl=found.base_kl,
             rounding_kl=found.rounding_kl,
+            reliability=reliability,
         ),
     )
     _save(stage, sensitivity)
     return sensitivity
+
+
+def _levels(linears: Sequence[LinearSpec], options: Options, base: tuple[int, ...] | None) -> np.ndarray:
+    """Each option's width to a quarter of a bit; around a plan the narrower of its own and the plan's.
+
+    The change from one option to another is mostly the error of the coarser one.
+    """
+    levels = []
+    for position, spec in enumerate(linears):
+        widths = [scheme.code_bits(spec.shape) for scheme in options[spec.name]]
+        most = np.inf if base is None else widths[base[position]]
+        levels += [round(4 * min(width, most)) / 4 for width in widths]
+    return np.array(levels)
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -322,10 +351,6 @@ def _known(stage: Stage) -> Sensitivity | None:
 
 
 def _save(stage: Stage, sensitivity: Sensitivity) -> None:
-    arrays = {}
-    if sensitivity.quadratic is not None:
-        arrays = {
-            "gram": torch.from_numpy(sensitivity.quadratic.gram_OO),
-            "linear": torch.from_numpy(sensitivity.quadratic.linear_O),
-        }
+    known = {} if sensitivity.quadratic is None else sensitivity.quadratic.arrays()
+    arrays = {name: torch.from_numpy(array) for name, array in known.items()}
     stage.save("sensitivity", sensitivity.to_json(), arrays)

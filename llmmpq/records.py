@@ -42,7 +42,22 @@ class LinearSpec:
         return cls(**{**data, "shape": tuple(data["shape"])})
 
 
+RELIABILITY = ("across", "within", "block")  # its arrays, as they are stored
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)  # eq of arrays is an array
+class Reliability:
+    """How much of the products between options of different linears is to be believed: the rest is the probe's chance.
+
+    Between blocks it is across_i across_j of what was measured; within one, within_i within_j more.
+    """
+
+    across_O: np.ndarray
+    within_O: np.ndarray
+    block_O: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Quadratic:
     """KL(x) ~ constant + linear'x + x' gram x on the probe, around a base: the original model, or a plan.
 
@@ -56,6 +71,14 @@ class Quadratic:
     base: tuple[int, ...] | None
     base_kl: float
     rounding_kl: float | None  # of computing the original in bfloat16: differences below it say nothing
+    reliability: Reliability | None = None  # None: not known, everything is believed
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What lies apart from the JSON."""
+        known = {"gram": self.gram_OO, "linear": self.linear_O}
+        if self.reliability is not None:
+            known |= {name: getattr(self.reliability, f"{name}_O") for name in RELIABILITY}
+        return known
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -120,7 +143,10 @@ class Sensitivity:
             assert arrays is not None
             known = dict(data["quadratic"])
             known["base"] = None if known["base"] is None else tuple(known["base"])
-            quadratic = Quadratic(gram_OO=arrays["gram"], linear_O=arrays["linear"], **known)
+            reliability = None
+            if "across" in arrays:
+                reliability = Reliability(**{f"{name}_O": arrays[name] for name in RELIABILITY})
+            quadratic = Quadratic(gram_OO=arrays["gram"], linear_O=arrays["linear"], reliability=reliability, **known)
         return cls(
             linears=tuple(LinearSpec.from_json(item) for item in data["linears"]),
             options={name: tuple(Scheme.from_json(item) for item in items) for name, items in data["options"].items()},

@@ -31,6 +31,9 @@ from llmmpq.allocate.program import Reduced
 from llmmpq.allocate.relax import Convex, limit_shares
 
 COLUMNS_AT_A_TIME = 128
+# The inverse is made anew when a column of it is this far off. Without that, errors of updates left P indefinite after
+# a pass over 2,240 options, and the tightening ended there: 9.4 % of gap on a drawn program of 224 x 11 at 4 bits.
+DRIFT = 1e-2
 ROUNDING = 1e-8  # eigenvalues of a scaled matrix this far below zero are rounding, mended at the end
 
 
@@ -139,9 +142,18 @@ class Shifter:
         for first, last in pairwise(edges):
             group.append(slice(first, last))
             if last - group[0].start >= COLUMNS_AT_A_TIME or last == len(units):
+                if self._drift(group[0].start) > DRIFT:
+                    self.inverse_LL = np.linalg.inv(self.schur_LL)
                 self._step(group, weight_N=weight_N, barrier=barrier)
                 group = []
         return _is_positive(self.schur_LL, lift=ROUNDING)
+
+    def _drift(self, column: int) -> float:
+        """How far this column of the inverse is from one, with P scaled to a unit diagonal."""
+        scale = _scale(self.schur_LL)
+        product = self.schur_LL @ self.inverse_LL[:, column]
+        product[column] -= 1.0
+        return float(np.abs(product / scale).max() * scale[column])
 
     def _step(self, group: list[slice], *, weight_N: np.ndarray, barrier: float) -> None:
         start, stop = group[0].start, group[-1].stop

@@ -22,6 +22,7 @@ from llmmpq.allocate.budget import describe, too_small
 from llmmpq.allocate.milp import solve_linear
 from llmmpq.allocate.problem import Problem, Unit
 from llmmpq.allocate.quadratic import Program, solve_program
+from llmmpq.allocate.shrink import believed
 from llmmpq.errors import InfeasibleBudgetError
 from llmmpq.records import Plan, PlannedLinear
 
@@ -48,7 +49,11 @@ def solve(problem: Problem, budget_nbytes: int, *, time_limit_s: float) -> Solut
 
 
 def solve_quadratic(problem: Problem, budget_nbytes: int, *, target_gap: float, time_limit_s: float) -> Solution:
-    """With all products between options; the plan measured around is one of the starts."""
+    """With all products between options; the plan measured around is one of the starts.
+
+    What is minimised believes products by their reliability, and the gap is that program's. The loss is of all that was
+    measured: the prediction for the probe.
+    """
     assert problem.quadratic is not None
     program = to_program(problem, budget_nbytes)
     starts = [uniform(problem, budget_nbytes).choice]
@@ -58,11 +63,18 @@ def solve_quadratic(problem: Problem, budget_nbytes: int, *, target_gap: float, 
     choice = list(solved.choice)
     return Solution(
         choice=solved.choice,
-        loss=solved.loss,
+        loss=_measured_loss(problem, choice),
         nbytes=_nbytes(problem, choice),
         gap=solved.gap,
         status=solved.status,
     )
+
+
+def _measured_loss(problem: Problem, choice: Sequence[int]) -> float:
+    quadratic = problem.quadratic
+    assert quadratic is not None
+    rows = [row for unit, option in zip(problem.units, choice, strict=True) for row in unit.rows[option]]
+    return float(quadratic.constant + quadratic.linear_O[rows].sum() + quadratic.gram_OO[np.ix_(rows, rows)].sum())
 
 
 def _measured_around(problem: Problem) -> tuple[int, ...] | None:
@@ -80,13 +92,14 @@ def to_program(problem: Problem, budget_nbytes: int) -> Program:
     quadratic = problem.quadratic
     assert quadratic is not None
     rows = [list(members) for unit in problem.units for members in unit.rows]
-    selection = np.zeros((len(rows), len(quadratic.linear_O)))
+    gram_OO, linear_O = believed(quadratic)
+    selection = np.zeros((len(rows), len(linear_O)))
     for position, members in enumerate(rows):
         selection[position, members] = 1.0
     return Program(
         sizes=tuple(len(unit.nbytes) for unit in problem.units),
-        gram_OO=selection @ quadratic.gram_OO @ selection.T,
-        linear_O=selection @ quadratic.linear_O,
+        gram_OO=selection @ gram_OO @ selection.T,
+        linear_O=selection @ linear_O,
         constant=quadratic.constant,
         costs_KO=np.array([[size for unit in problem.units for size in unit.nbytes]], dtype=np.int64),
         limits=(budget_nbytes,),

@@ -84,12 +84,14 @@ def start_two(*arguments: object) -> list[subprocess.Popen[str]]:
     ]
 
 
-def measured(work: Path, stage: str) -> tuple[dict[str, object], np.ndarray, np.ndarray]:
+def measured(work: Path, stage: str) -> tuple[dict[str, object], np.ndarray, np.ndarray, np.ndarray]:
     (path,) = (
         p for p in work.glob(f"*/{stage}-*/sensitivity.safetensors") if p.parent.name.count("-") == stage.count("-") + 1
     )
     with safe_open(path, framework="np") as stored:
-        return json.loads(stored.metadata()["notes"]), stored.get_tensor("gram"), stored.get_tensor("linear")
+        reliability = np.stack([stored.get_tensor(name) for name in ("across", "within")])
+        gram, linear = stored.get_tensor("gram"), stored.get_tensor("linear")
+        return json.loads(stored.metadata()["notes"]), gram, linear, reliability
 
 
 def test_two_processes_do_what_one_does(
@@ -107,13 +109,16 @@ def test_two_processes_do_what_one_does(
     assert leftovers(tmp_path) == []
     assert not list((tmp_path / "two").rglob("states-*"))
     for stage in ("measure", "measure-around"):
-        (notes, gram, linear), (notes_two, gram_two, linear_two) = (
+        (notes, gram, linear, reliability), (notes_two, gram_two, linear_two, reliability_two) = (
             measured(tmp_path / name / ".llmmpq-work", stage) for name in ("one", "two")
         )
         size = np.sqrt(gram.diagonal())
         assert size.max() > 0
         assert np.all(np.abs(gram_two - gram) <= 1e-6 * np.outer(size, size))
         assert np.all(np.abs(linear_two - linear) <= 1e-6 * size * np.sqrt(max(notes["quadratic"]["constant"], 1e-30)))
+        assert np.all((reliability >= 0) & (reliability <= 1))
+        assert reliability.any()
+        assert np.abs(reliability_two - reliability).max() <= 1e-6
         assert notes_two["num_tokens"] == notes["num_tokens"] == PROBE_WINDOWS * WINDOW
         for name, losses in notes["losses"].items():
             assert notes_two["losses"][name] == pytest.approx(losses, rel=1e-6)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmmpq.measure import perturb
 from llmmpq.measure.candidates import MeasureSettings, candidates_of
 from llmmpq.measure.perturb import NON_FINITE_KL, Ride, expected_forwards
 from llmmpq.measure.states import StateStore
@@ -74,8 +75,11 @@ def measure(
     return found, names, weights, skeleton
 
 
-def plain_way(folder, names, weights, base=None):
-    """Every candidate in a model of its own, in float64: rows u of the base and of each, and exact KL figures."""
+def plain_way(folder, names, weights, base=None, tokens=slice(None)):
+    """Every candidate in a model of its own, in float64: rows u of the base and of each, and exact KL figures.
+
+    `tokens`: of all windows one after the other, those that the products are to be of.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     logits = lambda: model(PROBE).logits.flatten(0, 1)  # noqa: E731
 
@@ -94,10 +98,10 @@ def plain_way(folder, names, weights, base=None):
             changed.append(logits())
             put(name, old)
     p = original.softmax(-1)
-    row = lambda dz: (p.sqrt() * (dz - (p * dz).sum(-1, keepdim=True))).flatten()  # noqa: E731
+    row = lambda dz: (p.sqrt() * (dz - (p * dz).sum(-1, keepdim=True)))[tokens].flatten()  # noqa: E731
     kl = lambda z: float((p * (original.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean())  # noqa: E731
     rows = torch.stack([row(at_base - original), *(row(z - at_base) for z in changed)])
-    gram = (rows @ rows.T / (2 * len(p))).numpy()
+    gram = (rows @ rows.T / (2 * len(p[tokens]))).numpy()
     return gram, np.array([kl(at_base), *map(kl, changed)])
 
 
@@ -117,6 +121,23 @@ def test_all_pairs_equal_those_of_whole_models(folders, tmp_path, name):
     assert found.base_kl == found.constant == 0
     assert not found.linear_C.any()
     assert np.linalg.eigvalsh(found.gram_CC).min() > -1e-9 * np.abs(found.gram_CC).max()
+
+
+@pytest.mark.parametrize("piece", [24, 10])
+def test_pieces_go_to_two_halves_by_turns(folders, tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(perturb, "PIECE", piece)
+    found, names, weights, _ = measure(folders("llama"), tmp_path)
+    window, token = torch.arange(PROBE.numel()) // PROBE.shape[1], torch.arange(PROBE.numel()) % PROBE.shape[1]
+    first = (window + token // piece) % 2 == 0
+    half, _ = plain_way(folders("llama"), names, weights, tokens=first)
+    assert_close_gram(found.half_CC, half[1:, 1:])
+    assert found.half_share == pytest.approx(float(first.double().mean()))
+
+
+def test_a_probe_of_one_piece_has_no_halves(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.unit.test_perturb.PROBE", PROBE[:1])
+    found, *_ = measure(folders("llama"), tmp_path)
+    assert found.half_CC is None
 
 
 def test_around_a_base_the_program_gains_a_constant_and_a_linear_term(folders, tmp_path):

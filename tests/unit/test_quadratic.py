@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmmpq.allocate import shift
 from llmmpq.allocate.quadratic import Program, solve_program
 from llmmpq.errors import InfeasibleBudgetError
 
@@ -166,3 +167,25 @@ def test_equal_to_scip(num_units, seed):
     loss, status = bench.solve_with_scip(program, time_limit_s=120.0)
     assert status in ("optimal", "gaplimit")
     assert solve(program).loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_an_inverse_that_updates_spoilt_is_seen_and_made_anew(monkeypatch):
+    random = np.random.default_rng(0)
+    factor = random.standard_normal((60, 60)) * np.repeat(10.0 ** -np.arange(6), 10)
+    gram = factor.T @ factor + 1e-6 * np.diag(np.diag(factor.T @ factor))
+    units, weights = np.arange(60) // 3, np.full(60, 0.3)
+    monkeypatch.setattr(shift, "COLUMNS_AT_A_TIME", 3)
+    step, spoilt = shift.Shifter._step, []
+
+    def spoil_once(self, group, **settings):
+        step(self, group, **settings)
+        if not spoilt:
+            spoilt.append(self._drift(30))
+            self.inverse_LL *= 1.1
+            assert self._drift(30) > shift.DRIFT
+
+    monkeypatch.setattr(shift.Shifter, "_step", spoil_once)
+    shifter = shift.Shifter(gram.copy(), live_L=np.arange(60), active=np.full(60, True), unit_of_N=units)
+    assert shifter.sweep(weight_N=weights, barrier=1e-3)
+    assert spoilt[0] < 1e-6
+    assert shifter._drift(0) < 1e-4

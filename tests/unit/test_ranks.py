@@ -151,12 +151,15 @@ def test_sums_of_the_cross_layer_pass_are_those_of_all_tokens():
     for start in range(0, 12, 4):
         tokens = slice(start, start + 4)
         for sums in (whole, parts[(start // 4) % 2]):
-            sums.add(logits[:, tokens].clone(), base[tokens], original[tokens], rounded[tokens])
+            half = (start // 4) % 2
+            sums.add(logits[:, tokens].clone(), base[tokens], original[tokens], rounded[tokens], half=half)
     parts[0].sum_over(one)
     parts[1].sum_over(two)
     expected, found = whole.result(1.0), parts[1].result(1.0)
     size = torch.from_numpy(expected.gram_CC).diagonal().sqrt()
-    assert float((torch.from_numpy(found.gram_CC - expected.gram_CC).abs() / torch.outer(size, size)).max()) < 1e-12
+    for left, right in ((found.gram_CC, expected.gram_CC), (found.half_CC, expected.half_CC)):
+        assert float((torch.from_numpy(left - right).abs() / torch.outer(size, size)).max()) < 1e-12
+    assert found.half_share == expected.half_share == 7 / 11
     for name in ("linear_C", "kl_C"):
         torch.testing.assert_close(*(torch.from_numpy(getattr(it, name)) for it in (found, expected)))
     for name in ("constant", "base_kl", "rounding_kl"):
