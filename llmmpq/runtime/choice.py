@@ -2,7 +2,7 @@
 
 A backend that fails although it was accepted is out for matrices of that kind from then on: a warning names it once,
 and `explain` goes on saying why. Matrices that share one input may share one launch: `explain_together`. The
-environment variable LLMMPQ_TOGETHER says where: 0 nowhere, 1 also on a CPU; without it on GPUs.
+environment variable LLMMPQ_TOGETHER says whether they do: 1 on GPUs and CPUs; 0, or without it, nowhere.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-from llmmpq.errors import KernelUnavailableError
+from llmmpq.errors import KernelUnavailableError, RecipeError
 from llmmpq.scheme import Runs, Scheme
 from llmmpq_kernels.operands import refusal, refusal_together
 
 TRITON, CPU, REFERENCE = ("gemv", "gemm", "dequantized"), "cpu", "reference"
 SEPARATE = "separate"
 TOGETHER_VARIABLE = "LLMMPQ_TOGETHER"
-# On a CPU a step of decoding took as long with shared calls as without (docs/log.md). On a GPU nobody has measured:
-# there the host launches kernel after kernel, and a small matrix takes less time than its launch.
-TOGETHER_DEVICES = {"": ("cuda",), "0": (), "1": ("cuda", "cpu")}
-TOGETHER_OFF = f"gained nothing where it was measured, on a {{}}: {TOGETHER_VARIABLE}=1 tries it"
+# On a CPU a step of decoding took as long with shared calls as without (docs/log.md). On a GPU nobody has measured, and
+# each set of forms is a kernel of its own to compile: it is tried by whoever asks for it.
+TOGETHER_DEVICES = {"": (), "0": (), "1": ("cuda", "cpu")}
+TOGETHER_OFF = f"off: no gain on a CPU, never measured on a GPU; {TOGETHER_VARIABLE}=1 switches it on"
 TOGETHER_REASONS = {
     "gemv": "one launch for all of them, which nobody measured",
     CPU: "one call of the compiled loops for all of them",
@@ -184,18 +184,15 @@ def explain_together(
     num_rows: int = 1,
 ) -> Candidate:
     """Whether matrices of these shapes and schemes, which have one input, share a launch, by which backend, and why."""
-    return _explain_together(
-        device, dtype, tuple((shape, scheme.widths(shape), scheme.group_size) for shape, scheme in members), num_rows
-    )
+    if device.type not in together_on():
+        return Candidate(SEPARATE, False, TOGETHER_OFF)
+    described = tuple((shape, scheme.widths(shape), scheme.group_size) for shape, scheme in members)
+    return _explain_together(device, dtype, described, num_rows)
 
 
 def _explain_together(
     device: torch.device, dtype: torch.dtype, members: tuple[Member, ...], num_rows: int
 ) -> Candidate:
-    if device.type not in together_on():
-        set_here = os.environ.get(TOGETHER_VARIABLE) == "0"
-        reason = f"switched off by {TOGETHER_VARIABLE}=0" if set_here else TOGETHER_OFF.format(device.type)
-        return Candidate(SEPARATE, False, reason)
     backends = {_first_accepted(_explain(device, dtype, runs, group, num_rows)) for _, runs, group in members}
     if len(backends) > 1:
         return Candidate(SEPARATE, False, f"their kernels differ: {' and '.join(sorted(backends))}")
@@ -229,7 +226,10 @@ def together_on() -> tuple[str, ...]:
     """The types of devices on which launches are shared."""
     value = os.environ.get(TOGETHER_VARIABLE, "")
     if value not in TOGETHER_DEVICES:
-        raise ValueError(f"{TOGETHER_VARIABLE} is {value!r}, it takes 0 (no shared launches) and 1 (on a CPU too)")
+        raise RecipeError(
+            f"the environment variable {TOGETHER_VARIABLE} is {value!r}: set it to 1 (linears with one input share a"
+            " launch) or to 0 (each has its own, as without it)"
+        )
     return TOGETHER_DEVICES[value]
 
 

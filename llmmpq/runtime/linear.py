@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         return (self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor
+        is_traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor or _has_no_data(x)
         if not is_traced and not (x.requires_grad and torch.is_grad_enabled()):
             return together.multiply(self, x)
         return ops.packed_linear(
@@ -97,6 +97,8 @@ class PackedLinear(nn.Module):
     def operands(self) -> Operands:
         """The parameters as kernels take them. Never kept: offloading takes them away again after each call."""
         held = self._parameters
+        if "words" not in held:  # a replica of torch's DataParallel holds them as plain attributes
+            held = {**held, **vars(self)}
         return Operands(
             words=cast(torch.Tensor, held["words"]),
             scales=cast(torch.Tensor, held["scales"]),
@@ -141,6 +143,11 @@ class PackedLinear(nn.Module):
             return changed
 
         return super()._apply(move_or_cast, recurse)
+
+
+def _has_no_data(x: torch.Tensor) -> bool:
+    """Inside `torch.func` transforms and `torch.jit.trace` tensors stand for others: only operators know of which."""
+    return torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def share_launches(model: nn.Module) -> None:

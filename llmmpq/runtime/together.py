@@ -4,7 +4,8 @@ transformers calls `q_proj(x)`, `k_proj(x)`, `v_proj(x)` one by one. Hooks on th
 and ends. Between the two the first sibling that is called multiplies with the matrices of all, and each of the others
 takes its part if it is called with the same tensor object, unchanged by what torch counts as a change (`_version`), on
 the same stream, and still holds the same parameters; else it multiplies alone, as everything does outside of such a
-forward. Parts live no longer than that forward, and only its thread sees them.
+forward. Parts live no longer than that forward (one that was interrupted from the keyboard: until the thread's next),
+and only its thread sees them.
 
 A set whose parts were not all taken (another input, a sibling left out) is not put together again: it costs time. One
 call alone is what remains under `torch.inference_mode`, whose tensors count no changes, under offloading, which leaves
@@ -73,19 +74,28 @@ class Siblings:
 
     def enter(self, parent: nn.Module, _args: object) -> None:
         if not torch.compiler.is_compiling():
-            _close()
-            _here.call = Call(self, parent)
+            outer = _here.call
+            if outer is not None and outer.parent is parent:  # left behind: an interrupt is not told to hooks
+                outer = outer.outer
+            _here.call = Call(self, parent, outer)
 
-    def leave(self, parent: nn.Module, _args: object, _output: object) -> None:
-        if not torch.compiler.is_compiling() and _here.call is not None and _here.call.parent is parent:
-            _close()
+    def leave(self, parent: nn.Module, _args: object, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        call = _here.call
+        while call is not None and call.parent is not parent:
+            call = call.outer
+        if call is not None:
+            _here.call = call.outer
+            if output is not None:  # after an error there is none, and who was not called yet proves nothing
+                call.close()
 
 
 class Call:
-    """One forward of a parent, and the parts that lie ready in it."""
+    """One forward of a parent, inside that of an `outer` one or none, and the parts that lie ready in it."""
 
-    def __init__(self, siblings: Siblings, parent: nn.Module) -> None:
-        self.siblings, self.parent = siblings, parent
+    def __init__(self, siblings: Siblings, parent: nn.Module, outer: Call | None) -> None:
+        self.siblings, self.parent, self.outer = siblings, parent, outer
         self.begun: set[tuple[str, ...]] = set()
         self.parts: dict[Packed, Part] = {}
 
@@ -176,12 +186,6 @@ def separate(model: nn.Module) -> None:
                 if isinstance(getattr(hook, "__self__", None), Siblings):
                     del hooks[key]
                     parent._forward_hooks_always_called.pop(key, None)
-
-
-def _close() -> None:
-    call, _here.call = _here.call, None
-    if call is not None and call.parts:
-        call.close()
 
 
 def _stream(x: torch.Tensor) -> object:

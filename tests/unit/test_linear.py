@@ -278,3 +278,18 @@ def test_compiles_without_a_graph_break():
     for num_tokens in (3, 5):
         x = torch.randn(2, num_tokens, SHAPE[1])
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_transforms_and_replicas_compute_the_same_and_put_no_kernel_out():
+    """Tensors inside a transform hold no data; a replica of torch's DataParallel holds no parameters."""
+    linear = PackedLinear.from_packed(random_packed((40, 72), bits=4, group_size=32, seed=0), None)
+    x = torch.randn(3, 5, 72)
+    replica = copy.copy(linear)
+    replica.__dict__ = dict(linear.__dict__)
+    replica._parameters = {name: value for name, value in linear._parameters.items() if value is None}
+    replica.__dict__ |= {name: value for name, value in linear._parameters.items() if value is not None}
+    with torch.no_grad():
+        expected = linear(x)
+        assert torch.equal(torch.func.vmap(linear)(x), expected)
+        assert torch.equal(replica(x), expected)
+    assert not choice._failures

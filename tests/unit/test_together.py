@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmmpq.errors import RecipeError
 from llmmpq.records import Scheme
 from llmmpq.runtime import choice, ops, together
 from llmmpq.runtime.linear import PackedLinear, share_launches
@@ -330,7 +331,11 @@ def test_a_launch_that_fails_gives_way_with_one_warning(attention, monkeypatch):
 
 def test_the_switch(monkeypatch, launches):
     members = [((8, 64), Scheme(bits=4, group_size=32))] * 2
-    for value, accepted, said in [("1", True, "one call"), ("0", False, "=0"), ("", False, "gained nothing")]:
+    for value, accepted, said in [
+        ("1", True, "one call"),
+        ("0", False, "=1 switches it on"),
+        ("", False, "no gain on a CPU"),
+    ]:
         monkeypatch.setenv(choice.TOGETHER_VARIABLE, value)
         found = ops.explain_together(torch.device("cpu"), torch.float32, members)
         assert (found.accepted, said in found.reason) == (accepted, True)
@@ -338,13 +343,70 @@ def test_the_switch(monkeypatch, launches):
         share_launches(module)
         assert bool(module._forward_pre_hooks) == accepted
     monkeypatch.setenv(choice.TOGETHER_VARIABLE, "yes")
-    with pytest.raises(ValueError, match="is 'yes', it takes 0"):
+    with pytest.raises(RecipeError, match="LLMMPQ_TOGETHER is 'yes': set it to 1"):
         share_launches(Attention())
+
+
+def test_a_parent_inside_another_does_not_set_the_outer_one_apart(launches):
+    class Outer(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention()
+
+        def forward(self, x):
+            found = {"q_proj": self.q_proj(x)}
+            self.inner(x)
+            return found | {name: getattr(self, name)(x) for name in ("k_proj", "v_proj")}
+
+    outer = Outer()
+    share_launches(outer)
+    for _ in range(2):
+        outer(torch.randn(1, WIDTH))
+    assert launches == [3, 3, 3, 3]
+    assert not siblings_of(outer).apart
+
+
+def test_an_error_between_siblings_proves_nothing_of_them(launches):
+    class Failing(Attention):
+        fails = True
+
+        def forward(self, x):
+            self.q_proj(x)
+            if self.fails:
+                raise ValueError("in between")
+            return super().forward(x)
+
+    module = Failing()
+    share_launches(module)
+    with pytest.raises(ValueError, match="in between"):
+        module(torch.randn(1, WIDTH))
+    assert not siblings_of(module).apart
+
+
+def test_an_interrupted_forward_leaves_nothing_to_the_next(launches):
+    class Interrupted(Attention):
+        interrupts = True
+
+        def forward(self, x):
+            if self.interrupts:
+                self.q_proj(x)
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    module = Interrupted()
+    share_launches(module)
+    x = torch.randn(1, WIDTH)
+    with pytest.raises(KeyboardInterrupt):
+        module(x)
+    module.interrupts = False
+    module(x)
+    assert together._here.call is None
+    assert launches == [3, 3]
+    assert not siblings_of(module).apart
 
 
 def test_explaining_on_a_gpu(monkeypatch):
     """A GPU that is not there: only what is asked of torch about it is replaced."""
-    monkeypatch.delenv(choice.TOGETHER_VARIABLE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary")
