@@ -143,7 +143,7 @@ class Allocation(_Checked):
     refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 1  # measured again around the plan
     target_gap: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.001
     widths: Widths = (2, 3, 4, 8)
-    profiles: Profiles = (2.25, 2.5, 2.75, 3.5, 6.0)  # mean bits of matrices whose groups have two of the widths
+    profiles: Profiles = (2.5, 3.5)  # mean bits of matrices whose groups have two of the widths
     layer_only: bool = False  # one width for each matrix, whatever the profiles
     head_bits: Literal["auto", 2, 3, 4, 8] | None = None  # of an untied output head; auto: chosen; null: 16 bits
     fuse: bool = False  # q/k/v and gate/up agree

@@ -138,7 +138,7 @@ def test_sweeps_and_options_of_two_widths_take_time(model, monkeypatch):
 def test_every_option_needs_memory(model):
     sessions = [open_session(recipe_for(model, allocation__layer_only=only)) for only in (True, False)]
     options = [[(spec, one) for spec in s.skeleton.linears for one in s.options()[spec.name]] for s in sessions]
-    assert len(options[1]) > 1.9 * len(options[0])
+    assert len(options[1]) > 1.4 * len(options[0])  # two profiles beside four widths
     waiting = [preflight._waiting_nbytes(session) for session in sessions]
     assert waiting == [len(own) * 4096 * tiny.HIDDEN * 4 for own in options]
     packed = [sum(one.nbytes(spec.shape) for spec, one in own if spec.block == 0) for own in options]
