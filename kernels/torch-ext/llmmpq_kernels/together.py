@@ -1,4 +1,4 @@
-"""Several matrices times the same few rows of activations in one launch: q, k and v, or gate and up.
+"""Several matrices times the same row of activations in one launch: q, k and v, or gate and up.
 
 A launch costs some microseconds and its last programs leave cores idle; a step of decoding is hundreds of launches.
 Here one grid covers the programs of all members, one member after the other. A program finds its member by counting
@@ -25,8 +25,8 @@ import triton.language as tl
 from .gemv import ADD_BLOCK, ONE_BITS, GemvConfig, _add_block, _multiply_tile
 from .operands import Operands, refusal_together
 
-# Members of many widths take 255 registers with 2 rows already.
-MOST_ROWS = 2
+# With 2 rows three members of 3 and 4 bits spill on sm_90, and two take all 255 registers (Triton 3.9).
+MOST_ROWS = 1
 
 
 @triton.jit(do_not_specialize=["num_m", "num_groups", "splits", "chunks0", "chunks1", "chunks2", "chunks3", "one_bits"])
@@ -130,7 +130,9 @@ def multiply(x_MK: torch.Tensor, members: Sequence[Operands], configs: Sequence[
     """What `gemv.multiply` gives for each member and its cut, in x's dtype. All cuts have as many warps."""
     num_rows, num_k = x_MK.shape
     if num_rows > MOST_ROWS:
-        raise ValueError(f"1 to {MOST_ROWS} rows share a launch, {num_rows} given: launch each matrix alone")
+        raise ValueError(
+            f"{num_rows} rows of activations given, a shared launch takes {MOST_ROWS}: launch each matrix alone"
+        )
     problem = refusal_together([(each.shape, each.runs, each.group_size) for each in members])
     if problem is None and len({config.num_warps for config in configs}) > 1:
         problem = f"programs of {sorted({config.num_warps for config in configs})} warps, a launch has one number"
