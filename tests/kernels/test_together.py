@@ -57,7 +57,19 @@ def test_one_launch_gives_the_bits_of_several(cases, configs):
     for y, operands, config in zip(found, members, configs, strict=True):
         assert y.dtype == x.dtype
         assert torch.equal(y, gemv.multiply(x, operands, config))
-    assert relative_error(found[-1], x, members[-1]) < TOLERANCE[x.dtype]
+        assert relative_error(y, x, operands) < TOLERANCE[x.dtype]
+
+
+def test_rows_one_past_whole_words_of_zeros():
+    """Of each member: where the zeros of a later run begin hangs on its own rows."""
+    config = gemv.GemvConfig(block_n=32, block_c=16, split=1, num_warps=4)
+    cases = [
+        Case(rows=1, shape=(num_n, 320), widths=widths, group_size=32, seed=num_n)
+        for num_n, widths in ((1, (2, 3)), (33, (3, 4, 8)), (65, (2, 4)))
+    ]
+    members, x = [case.operands() for case in cases], cases[0].x()
+    for y, operands in zip(together.multiply(x, members, [config] * 3), members, strict=True):
+        assert relative_error(y, x, operands) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
