@@ -72,6 +72,25 @@ def test_rows_one_past_whole_words_of_zeros():
         assert relative_error(y, x, operands) < TOLERANCE[x.dtype]
 
 
+@pytest.mark.parametrize(("kernel", "split"), [("gemv_together_kernel", 1), ("add_splits_together_kernel", 2)])
+def test_tuples_hold_no_tuples(monkeypatch, kernel, split):
+    """Triton 3.6 compiles no tuples within tuples of constants: a later one, and the interpreter, do not mind."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: seen.extend([*arguments, *constants.values()])
+
+    for name in ("gemv_together_kernel", "add_splits_together_kernel"):
+        monkeypatch.setattr(together, name, Recorder() if name == kernel else {(3 * split,): lambda *_, **__: None})
+    config = gemv.GemvConfig(block_n=16, block_c=4, split=split, num_warps=4)
+    cases = [Case(rows=1, shape=(8, 256), widths=widths, group_size=32) for widths in ((2, 4), (3,), (4,))]
+    together.multiply(cases[0].x(), [case.operands() for case in cases], [config] * 3)
+    tuples = [one for one in seen if isinstance(one, tuple)]
+    assert len(tuples) > 3
+    assert not any(isinstance(entry, tuple) for one in tuples for entry in one)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
 def test_no_program_works_for_two_members(monkeypatch):
     """It would give the right bits, late."""
