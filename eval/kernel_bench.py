@@ -7,8 +7,9 @@
 
 A figure is the median of several replays of a CUDA graph with many launches, so launching costs nothing; each launch
 has another copy of the operands, and the copies together exceed the second-level cache several times. Before a kernel
-is timed, its result is compared with the reference's in float32, column by column, in memory that held NaN before. A
-wrong one gets a line without a time, and the exit code is 1 in the end. Lines are written as they come.
+is timed, its result is compared with the reference's in float32, column by column, in memory that held NaN before. One
+that is wrong or does not compile gets a line without a time, and the exit code is 1 in the end. Lines are written as
+they come.
 
 First come matrices with one input, q, k and v, and gate and up: `apart` is a launch for each, `together` one for all,
 and both must give the same bits. Without `eager` they are in a graph too; with it, it is the host that launches them.
@@ -331,13 +332,13 @@ def together_error(x: torch.Tensor, members: Sequence[Operands]) -> float:
     errors = [worst_error("gemv", x, each, weights_of(each, torch.float32)) for each in members]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        found = tuning.multiply_together(x, members)
+        found, alone = tuning.multiply_together(x, members), apart(x, members)
     except Exception as failure:  # as in `worst_error`
         print(f"together, {[each.shape for each in members]}: {type(failure).__name__}: {failure}", file=sys.stderr)
         return float("nan")
     finally:
         torch.use_deterministic_algorithms(False)
-    return max(errors) if all(map(torch.equal, found, apart(x, members))) else float("nan")
+    return max(errors) if all(map(torch.equal, found, alone)) else float("nan")
 
 
 OTHERS = {"torch int4": torch_int4, "gemlite": gemlite}
@@ -399,36 +400,63 @@ def measure(
                 yield row(name, 4 + 32 / GROUP_SIZE, num, name, taken, float("nan"))
 
 
-def fill_compiler_cache(arguments: argparse.Namespace) -> None:
-    """Every kernel compiled once, by several processes: compiling one after the other would take most of the time."""
+def fill_compiler_cache(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Every kernel compiled once, by several processes: compiling one after the other would take most of the time.
+
+    How many of them failed. What they left out fails again where it is measured, and costs no more than its own line.
+    """
+    if device.type != "cuda":
+        return 0
     script = [sys.executable, __file__, *(["--smoke"] if arguments.smoke else [])]
     script += ["--rows", arguments.rows, "--formats", ",".join(arguments.formats)]
     processes = [subprocess.Popen([*script, "--compile", str(index)]) for index in range(COMPILERS)]
-    for process in processes:
-        if process.wait():
-            raise SystemExit(f"a compiling process ended with code {process.returncode}")
+    codes = [process.wait() for process in processes]
+    for index, code in enumerate(codes):
+        if code:
+            print(f"compiling process {index} of {COMPILERS} ended with code {code}", file=sys.stderr)
+    return sum(code != 0 for code in codes)
 
 
-def compile_share(index: int, shapes: list[tuple[int, int]], formats: list[str], rows: list[int]) -> None:
-    device = torch.device("cuda")
+def compiles(what: str, launch: Callable[[], object]) -> bool:
+    try:
+        launch()
+    except Exception as failure:  # whatever a compiler raises: the other kernels are compiled all the same
+        print(f"{what} was not compiled: {type(failure).__name__}: {failure}", file=sys.stderr)
+        return False
+    return True
+
+
+def compile_share(
+    index: int, shapes: list[tuple[int, int]], formats: list[str], rows: list[int], device: torch.device
+) -> int:
+    """One process's part of `measure`; how many kernels failed."""
+    failed = 0
     jobs = [(shape, name, num) for shape in shapes for name in formats for num in rows]
     # Equal formats of different shapes share kernels, so a process takes whole formats.
     for shape, name, num in jobs:
         if (formats.index(name) + rows.index(num) * len(formats)) % COMPILERS == index:
             x = torch.randn(num, shape[1], device=device, dtype=torch.bfloat16)
+            operands = random_operands(shape, name, device)
             for backend in backends_for(num, device):
-                tuning.multiply(backend, x, random_operands(shape, name, device))
+                launch = partial(tuning.multiply, backend, x, operands)
+                failed += not compiles(f"{backend}, {shape}, {name}, {num} rows,", launch)
+    return failed
 
 
-def compile_together(index: int, sets: Sets, formats: list[str], rows: list[int]) -> None:
-    device = torch.device("cuda")
-    for place, (_, _, wanted) in enumerate(sets_of(sets, formats)):
+def compile_together(index: int, sets: Sets, formats: list[str], rows: list[int], device: torch.device) -> int:
+    """One process's part of `measure_together`; how many kernels failed."""
+    failed = 0
+    for place, (label, name, wanted) in enumerate(sets_of(sets, formats)):
+        if place % COMPILERS != index:
+            continue
         members = [random_operands(shape, form, device) for shape, form in wanted]
-        refused = refusal_together([(each.shape, each.runs, each.group_size) for each in members])
-        for num in rows:
-            if place % COMPILERS == index and refused is None and num <= together.MOST_ROWS:
-                x = torch.randn(num, members[0].shape[1], device=device, dtype=torch.bfloat16)
-                tuning.multiply_together(x, members)
+        if refusal_together([(each.shape, each.runs, each.group_size) for each in members]) is not None:
+            continue
+        for num in [num for num in rows if num <= together.MOST_ROWS]:
+            x = torch.randn(num, members[0].shape[1], device=device, dtype=torch.bfloat16)
+            launch = partial(tuning.multiply_together, x, members)
+            failed += not compiles(f"together, {label}, {name}, {num} rows,", launch)
+    return failed
 
 
 def show(rows: list[Row], copy: float) -> None:
@@ -468,14 +496,16 @@ def main() -> None:
     rows, formats = [int(number) for number in arguments.rows.split(",")], arguments.formats
     sets, shared = SMOKE_SETS if arguments.smoke else SETS, [name for name in TOGETHER_FORMATS if name in formats]
     if arguments.compile is not None:
-        compile_share(arguments.compile, shapes, formats, rows)
-        compile_together(arguments.compile, sets, shared, rows)
+        failed = compile_share(arguments.compile, shapes, formats, rows, torch.device("cuda"))
+        failed += compile_together(arguments.compile, sets, shared, rows, torch.device("cuda"))
+        if failed:
+            raise SystemExit(f"{failed} kernels were not compiled")
         return
     if not torch.cuda.is_available() and not arguments.smoke:
         raise SystemExit("no GPU: use --smoke with TRITON_INTERPRET=1 to try the script")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    failed = fill_compiler_cache(arguments, device)
     if device.type == "cuda":
-        fill_compiler_cache(arguments)
         print(f"compiled after {time.monotonic() - started:.0f} s", file=sys.stderr)
     copy = copy_gbytes_per_s(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "smoke"
@@ -508,8 +538,8 @@ def main() -> None:
     show(found, copy)
     if keeps:
         print(f"written to {out}; torch {torch.__version__}, {name}, copy {copy:,.0f} GB/s")
-    if wrong:
-        raise SystemExit(f"{len(wrong)} results were wrong")
+    if wrong or failed:
+        raise SystemExit(f"{len(wrong)} results were wrong, {failed} of {COMPILERS} compiling processes failed")
 
 
 if __name__ == "__main__":

@@ -124,34 +124,55 @@ class OnPaper:
         return 0
 
 
-def compile_together(widths: Sequence[tuple[int, ...]], num_rows: int, *, capability: int, folder: Path) -> Compiled:
-    """The kernel that `together.multiply` would launch for real matrices, by way of Triton's own launcher."""
+def compile_together(
+    widths: Sequence[tuple[int, ...]], num_rows: int, *, capability: int, folder: Path, split: int = 1
+) -> Compiled:
+    """The kernel that `together.multiply` would launch for real matrices, by way of Triton's own launcher.
+
+    With `split` the one that adds the partial sums, without bias for the first member.
+    """
     from llmmpq_kernels import together, tuning
     from tests.kernels.matrices import Case
 
     cases = [
-        Case(rows=num_rows, shape=(64, 4096), widths=each, group_size=128, eight_bit=place > 0, seed=place)
+        Case(
+            rows=num_rows,
+            shape=(64, 4096),
+            widths=each,
+            group_size=128,
+            eight_bit=place > 0,
+            has_bias=split == 1 or place > 0,
+            seed=place,
+        )
         for place, each in enumerate(widths)
     ]
     members, configs = [case.operands() for case in cases], []
     for operands in members:
         entry = tuning._first_fitting(tuning.load_launch("default").gemv, num_rows, operands.runs)
         cut = {key: entry[key] for key in ("block_n", "block_c", "num_warps")}
-        configs.append(gemv.GemvConfig(**cut, split=1))
+        configs.append(gemv.GemvConfig(**cut, split=split))
     built: list[Any] = []
-    kernel = together.gemv_together_kernel
-    run = kernel.run
+    products, sums = together.gemv_together_kernel, together.add_splits_together_kernel
+    wanted = products if split == 1 else sums
+    run = wanted.run
 
     def compile_only(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         built.append(run(*arguments, grid=grid, warmup=True, **options))
 
     triton.runtime.driver.set_active(OnPaper(capability))
-    kernel.run = compile_only
+    before = {kernel: kernel.run for kernel in (products, sums)}
+    for kernel in before:
+        kernel.run = compile_only if kernel is wanted else _nothing
     try:
         together.multiply(cases[0].x(), members, configs)
     finally:
-        kernel.run = run
+        for kernel, run_before in before.items():
+            kernel.run = run_before
     return read_code(built[0], folder)
+
+
+def _nothing(*_arguments: Any, **_options: Any) -> None:
+    """A launch that is of no interest."""
 
 
 def _run(tool: str, *arguments: object) -> str:
@@ -170,13 +191,12 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "out_ptr": "*bf16",
 }
+HALVES = POINTERS | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*fp16")
 # What Triton makes of an argument that is 1, unless told not to: a constant. One output row, one column, one word.
 ONES = dict.fromkeys(("num_n", "num_k", "stride_x", "row_words", "plane"), 1)
-# Name -> widths of the members, rows of activations.
-TOGETHER = {
-    "together 3;4;2 x1": (((3,), (4,), (2,)), 1),
-    "together 2,3;3,4;2,4 x2": (((2, 3), (3, 4), (2, 4)), 2),
-}
+# Chip -> name -> widths of the members.
+THREE = {"together 3;4;2 x1": ((3,), (4,), (2,)), "together 3,4;3,4;3,4 x1": ((3, 4), (3, 4), (3, 4))}
+TOGETHER = {80: THREE, 90: THREE | {"together 3,4;3,4 x1": ((3, 4), (3, 4))}}
 PLAIN = {"ALIGN": 4, "GROUP": 128, "HAS_ZEROS": True, "HAS_BIAS": True, "EIGHT_BIT": False}
 
 
@@ -195,9 +215,10 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
         options: dict[str, int],
         wanted: list[int],
         capabilities: Sequence[int] = (80, 90),
+        types: Mapping[str, str] = POINTERS,
     ) -> None:
         known = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        pointers = {key: value for key, value in POINTERS.items() if key in kernel.arg_names}
+        pointers = {key: value for key, value in types.items() if key in kernel.arg_names}
         for capability in capabilities:
             code = compile_kernel(kernel, pointers, known, options=options, capability=capability, folder=folder)
             found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_nbytes": wanted}
@@ -210,7 +231,7 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
             add(f"{name} unaligned", kernel, constants | {"ALIGN": 1}, options, [4], [unaligned_capability(name)])
 
     mixed = (2, 3, 4, 8)
-    cases = [((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), (mixed, 1), ((3,), 2), (mixed, 2), ((3,), 4), (mixed, 4)]
+    cases = [((2,), 1), ((3,), 1), ((4,), 1), ((8,), 1), (mixed, 1), (mixed, 2), (mixed, 4)]
     for widths, num_rows in cases:
         runs = tuple((bits, 1) for bits in widths)
         entry = tuning._first_fitting(launch.gemv, num_rows, runs)
@@ -218,26 +239,38 @@ def compile_all(folder: Path) -> dict[str, dict[str, Any]]:
         constants |= {"BLOCK_N": entry["block_n"], "BLOCK_C": entry["block_c"]}
         name = f"gemv {','.join(map(str, widths))} x{num_rows}"
         add_both(name, gemv.gemv_kernel, constants, {"num_warps": entry["num_warps"]})
-    for bits, rows in [(bits, rows) for bits in mixed for rows in (16, 512)]:
-        entry = tuning._first_fitting(launch.gemm, rows, ((bits, 1),))
-        constants = PLAIN | {"WIDTHS": (bits,), "MIXED": False, "IN_FLOAT32": False}
+    for widths, rows in [(widths, rows) for widths in ((2,), (3,), (4,), (8,), (3, 4)) for rows in (16, 512)]:
+        entry = tuning._first_fitting(launch.gemm, rows, tuple((bits, 1) for bits in widths))
+        constants = PLAIN | {"WIDTHS": widths, "MIXED": len(widths) > 1, "IN_FLOAT32": False}
         constants |= {key.upper(): entry[key] for key in ("block_m", "block_n", "block_c")}
         options = {key: entry[key] for key in ("num_warps", "num_stages")}
-        add_both(f"gemm {bits} x{rows}", gemm.gemm_kernel, constants, options)
-    for name, (sets, num_rows) in TOGETHER.items():
-        for capability in (80, 90):
-            code = compile_together(sets, num_rows, capability=capability, folder=folder)
+        name = f"gemm {','.join(map(str, widths))} x{rows}"
+        add_both(name, gemm.gemm_kernel, constants, options)
+        if name == "gemm 4 x512":
+            add(f"{name} of float16", gemm.gemm_kernel, constants, options, [16], [90], HALVES)
+    for capability in (80, 90):
+        for name, members in TOGETHER[capability].items():
+            code = compile_together(members, 1, capability=capability, folder=folder)
             found[f"{name} sm_{capability}"] = dataclasses.asdict(code) | {"wanted_nbytes": [16]}
+        code = compile_together(((3,), (4,), (2,)), 1, capability=capability, folder=folder, split=3)
+        found[f"add_splits_together sm_{capability}"] = dataclasses.asdict(code) | {"wanted_nbytes": []}
     constants = PLAIN | {"WIDTHS": (3,), "MIXED": False, "BLOCK_N": gemm.DEQUANTIZE_ROWS}
     constants |= {"BLOCK_C": gemm.DEQUANTIZE_CHUNKS}
     add_both("dequantized 3", gemm.dequantize_kernel, constants, {"num_warps": gemm.DEQUANTIZE_WARPS})
-    add("dequantized 3 of ones", gemm.dequantize_kernel, constants | ONES | {"ALIGN": 1}, {"num_warps": 4}, [4])
+    add("dequantized 3 of ones", gemm.dequantize_kernel, constants | ONES | {"ALIGN": 1}, {"num_warps": 4}, [4], [90])
     add("add_splits", gemv.add_splits_kernel, {"BLOCK": 512, "HAS_BIAS": True}, {"num_warps": 4}, [])
-    add("add_splits of ones", gemv.add_splits_kernel, {"BLOCK": 512, "HAS_BIAS": True} | ONES, {"num_warps": 4}, [])
+    add(
+        "add_splits of ones",
+        gemv.add_splits_kernel,
+        {"BLOCK": 512, "HAS_BIAS": True} | ONES,
+        {"num_warps": 4},
+        [],
+        [90],
+    )
     constants = PLAIN | {"WIDTHS": (3, 4), "MIXED": True, "M": 1, "BLOCK_N": 16, "BLOCK_C": 16} | ONES | {"ALIGN": 1}
-    add("gemv of ones", gemv.gemv_kernel, constants, {"num_warps": 4}, [4])
+    add("gemv of ones", gemv.gemv_kernel, constants, {"num_warps": 4}, [4], [90])
     constants |= {"BLOCK_M": 16, "BLOCK_C": 4, "IN_FLOAT32": False}
-    add("gemm of ones", gemm.gemm_kernel, constants, {"num_warps": 4, "num_stages": 3}, [4])
+    add("gemm of ones", gemm.gemm_kernel, constants, {"num_warps": 4, "num_stages": 3}, [4], [90])
     return found
 
 

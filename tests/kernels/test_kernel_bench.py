@@ -89,6 +89,65 @@ def test_a_shared_launch_with_other_bits_has_no_time(bench, monkeypatch, fault):
     assert all(row.microseconds != row.microseconds and row.error != row.error for row in rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is run")
+def test_a_kernel_that_does_not_compile_costs_its_line_only(bench, monkeypatch, capsys):
+    """In both parts of the work, whichever process has it."""
+    compiled = []
+
+    def multiply(backend, x, operands):
+        if operands.runs[0][0] == 2:
+            raise RuntimeError("no luck")
+        compiled.append((backend, operands.runs[0][0]))
+
+    def multiply_together(x, members):
+        if members[0].runs[0][0] == 3:
+            raise RuntimeError("none here")
+        compiled.append(("together", members[0].runs[0][0]))
+
+    monkeypatch.setattr(bench, "COMPILERS", 1)
+    monkeypatch.setattr(bench.tuning, "multiply", multiply)
+    monkeypatch.setattr(bench.tuning, "multiply_together", multiply_together)
+    cpu = torch.device("cpu")
+    assert bench.compile_share(0, [(64, 2048)], ["2", "4"], [1], cpu) == 1
+    assert bench.compile_together(0, bench.SMOKE_SETS, ["3"], [1, 16], cpu) == 1
+    assert bench.compile_together(0, bench.SMOKE_SETS, ["4"], [1], cpu) == 0
+    assert compiled == [("gemv", 4), ("together", 4)]
+    said = capsys.readouterr().err
+    assert "gemv, (64, 2048), 2, 1 rows, was not compiled: RuntimeError: no luck" in said
+    assert "together, qkv smoke, 3, 1 rows, was not compiled: RuntimeError: none here" in said
+
+
+def test_all_compiling_processes_are_waited_for(bench, monkeypatch, capsys):
+    class Process:
+        running = 0
+
+        def __init__(self, command):
+            self.code = 1 if command[-1] == "2" else -9 if command[-1] == "5" else 0
+            Process.running += 1
+
+        def wait(self):
+            Process.running -= 1
+            return self.code
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    arguments = bench.argparse.Namespace(smoke=False, rows="1", formats=["4"])
+    assert bench.fill_compiler_cache(arguments, torch.device("cuda")) == 2
+    assert Process.running == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"compiling process {index} of 8 ended with code {code}" for index, code in ((2, 1), (5, -9))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is run")
+def test_a_failed_compiler_fails_in_the_end_and_keeps_the_figures(bench, monkeypatch, tmp_path):
+    out = tmp_path / "table.csv"
+    monkeypatch.setattr(bench, "fill_compiler_cache", lambda *_: 1)
+    monkeypatch.setattr(bench, "SMOKE_SETS", [])
+    monkeypatch.setattr(sys, "argv", ["bench", "--smoke", "--rows", "1", "--formats", "4", "--out", str(out)])
+    with pytest.raises(SystemExit, match="0 results were wrong, 1 of 8 compiling processes failed"):
+        bench.main()
+    assert [row["format"] for row in csv.DictReader(out.open())] == ["bfloat16", "4"]
+
+
 @pytest.mark.parametrize(("script", "flag", "said"), [("kernel", "--formats", "2"), ("decode", "--schemes", "mixed")])
 def test_an_unknown_format_is_named_beside_those_there_are(script, flag, said):
     command = [sys.executable, str(EVAL / f"{script}_bench.py"), flag, "4,5"]

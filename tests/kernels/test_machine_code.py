@@ -39,18 +39,25 @@ KERNELS = [
     *(f"gemm {bits} x{rows}" for bits in (2, 3, 4, 8) for rows in (16, 512)),
     "dequantized 3",
 ]
+ON_SM_90 = [
+    "gemm 4 x512 of float16",
+    "together 3,4;3,4 x1",
+    *(f"{kernel} of ones" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits")),
+]
 NAMES = [
     f"{kernel} sm_{capability}"
     for kernel in (
         *KERNELS,
-        *(f"gemv {widths}" for widths in ("3 x2", "3 x4", "2,3,4,8 x1", "2,3,4,8 x2", "2,3,4,8 x4")),
-        "together 3;4;2 x1",
-        "together 2,3;3,4;2,4 x2",
+        *(f"gemv {widths}" for widths in ("2,3,4,8 x1", "2,3,4,8 x2", "2,3,4,8 x4")),
+        *(f"gemm 3,4 x{rows}" for rows in (16, 512)),
+        *(f"together {widths} x1" for widths in ("3;4;2", "3,4;3,4;3,4")),
         "add_splits",
-        *(f"{kernel} of ones" for kernel in ("gemv", "gemm", "dequantized 3", "add_splits")),
+        "add_splits_together",
     )
     for capability in (80, 90)
-] + [f"{kernel} unaligned sm_{unaligned_capability(kernel)}" for kernel in KERNELS]
+]
+NAMES += [f"{kernel} sm_90" for kernel in ON_SM_90]
+NAMES += [f"{kernel} unaligned sm_{unaligned_capability(kernel)}" for kernel in KERNELS]
 
 
 def test_all_kernels_were_compiled(compiled):

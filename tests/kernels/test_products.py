@@ -49,6 +49,17 @@ def test_products_equal_the_reference(widths, group_size):
         check(case, gemm.multiply, GEMM if place else GEMM_SPLIT)
 
 
+@pytest.mark.parametrize("widths", [(2, 3), (3, 4), (2, 3, 4, 8)], ids=str)
+@pytest.mark.parametrize("num_n", [1, 33, 65])
+def test_rows_one_past_whole_words_of_zeros(num_n, widths):
+    """Zeros of a later run begin after the words of the earlier ones, the last of which holds one zero."""
+    case = Case(rows=1, shape=(num_n, 320), widths=widths, group_size=32)
+    check(case, gemv.multiply, GEMV)
+    check(case, gemm.multiply, GEMM)
+    operands = case.operands()
+    assert torch.equal(gemm.dequantize(operands, torch.float32, block_c=4), weights_of(operands))
+
+
 @pytest.mark.parametrize("widths", MIXES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"eight_bit": True}, {"symmetric": True}], ids=str)
 def test_the_dequantized_matrix_is_the_references_bit_for_bit(widths, options):

@@ -142,6 +142,8 @@ def _multiply_tile(
     part,
     split,
     WIDTHS: tl.constexpr,
+    FIRST_RUN: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
     ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
@@ -154,6 +156,7 @@ def _multiply_tile(
 ):
     """Rows `tile * BLOCK_N` on, the share `part` of `split` of their chunks.
 
+    The matrix has NUM_RUNS of the WIDTHS, from FIRST_RUN on; the others are of matrices that share the launch.
     `chunksR` and `row_words` count units of ALIGN, which tells the compiler how long its loads may be. A size of 1
     reaches a kernel as a constant, not a tensor: no method of a tensor is called on a size.
     """
@@ -167,7 +170,7 @@ def _multiply_tile(
     first_group = 0
     first_zero = tl.full((), 0, tl.int64)
     first_block = 0
-    for run in tl.static_range(len(WIDTHS)):
+    for run in tl.static_range(NUM_RUNS):
         units = chunks0 if run == 0 else (chunks1 if run == 1 else (chunks2 if run == 2 else chunks3))
         num_chunks = units * ALIGN
         acc_MNC = _add_run(
@@ -192,7 +195,7 @@ def _multiply_tile(
             first_zero,
             first_block,
             num_chunks,
-            WIDTHS[run],
+            WIDTHS[FIRST_RUN + run],
             GROUP,
             M,
             BLOCK_N,
@@ -202,9 +205,9 @@ def _multiply_tile(
             EIGHT_BIT,
         )
         run_groups = tl.cdiv(num_chunks, GROUP // 32)
-        first_word += WIDTHS[run] * num_chunks
+        first_word += WIDTHS[FIRST_RUN + run] * num_chunks
         first_group += run_groups
-        first_zero += run_groups.to(tl.int64) * (WIDTHS[run] * zero_words)
+        first_zero += run_groups.to(tl.int64) * (WIDTHS[FIRST_RUN + run] * zero_words)
         first_block += tl.cdiv(num_chunks, BLOCK_C)
     out_MN = tl.sum(acc_MNC, 2)
     m_M = tl.arange(0, M)
@@ -274,6 +277,8 @@ def gemv_kernel(
         tl.program_id(1),
         split,
         WIDTHS,
+        0,
+        len(WIDTHS),
         ALIGN,
         GROUP,
         M,
