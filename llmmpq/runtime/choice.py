@@ -216,7 +216,7 @@ def _rows_problem(backend: str, device: torch.device, members: tuple[Member, ...
     else:
         from llmmpq_kernels import together, tuning
 
-        if (problem := tuning.refusal_together(device, num_rows, members)) is not None:
+        if (problem := tuning.refusal_of_warps(device, num_rows, members)) is not None:
             return problem
         most = together.MOST_ROWS
     return None if num_rows <= most else f"{num_rows} rows given, at most {most} are multiplied so"

@@ -103,7 +103,6 @@ def refusal_of_warps(
 
 
 # The name that `llmmpq/runtime/choice.py` still says, as one in `operands.py`: to go once it does not.
-refusal_together = refusal_of_warps
 
 
 @functools.lru_cache(maxsize=4096)
