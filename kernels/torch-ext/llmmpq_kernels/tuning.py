@@ -102,9 +102,6 @@ def refusal_of_warps(
     )
 
 
-# The name that `llmmpq/runtime/choice.py` still says, as one in `operands.py`: to go once it does not.
-
-
 @functools.lru_cache(maxsize=4096)
 def gemv_config(
     device: torch.device, num_rows: int, shape: tuple[int, int], runs: Runs, chunks: tuple[int, ...]
