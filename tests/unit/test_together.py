@@ -125,7 +125,11 @@ def test_a_sibling_left_out_costs_one_forward_only(attention, launches):
     assert siblings_of(attention).apart == {tuple(ROWS): "v_proj was not called with its siblings"}
 
 
-@pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: x.clone(), lambda x: x.view(x.shape)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.add_(1), lambda x: x.clone(), lambda x: x.view(x.shape)],
+    ids=["added to", "copied", "seen anew"],
+)
 def test_an_input_that_changed_is_another_input(attention, change):
     attention.order, attention.change = ["q_proj", "k_proj"], change
     x = torch.randn(1, WIDTH)
