@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmmpq_kernels import dequantize, nearest_scale_codes, pack, pack_runs, pack_zeros
 from llmmpq_kernels.operands import Operands
+from llmmpq_kernels.scales import widen_scales
 
 MIXES = [(2,), (3,), (4,), (8,), (2, 3), (3, 8), (2, 4, 8), (2, 3, 4, 8)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,14 +97,15 @@ def relative_error(y_MN: torch.Tensor, x_MK: torch.Tensor, operands: Operands) -
     """The largest error of a row against float64, as a share of the row's length. NaN stays NaN.
 
     A row whose sums cancel is measured by the length that they would have with random signs, one of a matrix that is
-    zero by the least float32: it must be zero.
+    (nearly) zero by one step of its codes: a code and its zero cancel only as far as rounding lets them.
     """
     x, weights_NK = x_MK.double(), weights_of(operands).double()
     wanted_MN, squares_MN = x @ weights_NK.T, x**2 @ (weights_NK**2).T
     if operands.bias is not None:
         wanted_MN += operands.bias.double()
     length_M = torch.maximum(wanted_MN.norm(dim=1), squares_MN.sum(dim=1).sqrt())
-    length_M = length_M.clamp(min=torch.finfo(torch.float32).tiny)
+    step = float(widen_scales(operands.scales, operands.scale_base).max())
+    length_M = torch.maximum(length_M, step * x.norm(dim=1)).clamp(min=torch.finfo(torch.float32).tiny)
     return float(((y_MN.double() - wanted_MN).norm(dim=1) / length_M).max())
 
 
