@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import names_among
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -127,18 +128,10 @@ def measure(name: str, variant: str, arguments: argparse.Namespace, device: torc
     return found
 
 
-def read_schemes(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no scheme; there are {', '.join(map(repr, FORMATS))}")
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo,2048")
-    parser.add_argument("--schemes", type=read_schemes, default=",".join(FORMATS))
+    parser.add_argument("--model", type=names_among(MODELS, "model"), default="demo,2048")
+    parser.add_argument("--schemes", type=names_among(FORMATS, "scheme"), default=",".join(FORMATS))
     parser.add_argument("--dtype", help="of packed models (CPU: float32; GPU: bfloat16)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
@@ -164,7 +157,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, copy {copy / 1e9:.1f} GB/s")
     print(f"batch {arguments.batch}, prompt {arguments.prompt}, {arguments.new} written, {arguments.rounds} rounds")
     rows = []
-    for name in arguments.model.split(","):
+    for name in arguments.model:
         found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for _ in range(arguments.rounds):
             for variant in variants:

@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -33,12 +32,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from arguments import names_among
+from kernel_clock import OTHERS, copy_gbytes_per_s, cublas, eager_microseconds, microseconds
+from kernel_operands import FORMATS, GROUP_SIZE, ROOT, copies_of, random_operands, stored_nbytes, weights_of
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
-
-from llmmpq_kernels import dequantize, together, tuning  # noqa: E402
-from llmmpq_kernels.operands import Operands, refusal_together  # noqa: E402
+from llmmpq_kernels import together, tuning
+from llmmpq_kernels.operands import Operands, refusal_together
 
 # (N, K) of q and o, k and v, gate and up, down; the two of the targets first.
 SHAPES = [
@@ -62,18 +61,6 @@ SETS: Sets = [
 SMOKE_SETS: Sets = [("qkv smoke", ((64, 2048), (32, 2048), (16, 2048)))]
 TOGETHER_FORMATS = ["3", "4", "mixed 2.5"]
 ROWS = [1, 4, 16, 64, 2048]
-# Name -> (width, share of the groups). The two mixed ones are 2.5 and 3.5 bits of code on average.
-FORMATS = {
-    "2": ((2, 1.0),),
-    "3": ((3, 1.0),),
-    "4": ((4, 1.0),),
-    "8": ((8, 1.0),),
-    "mixed 2.5": ((2, 0.625), (3, 0.25), (4, 0.125)),
-    "mixed 3.5": ((2, 0.125), (3, 0.375), (4, 0.4375), (8, 0.0625)),
-}
-GROUP_SIZE = 128
-ROTATED_NBYTES = 256 * 2**20  # four times the second-level cache of an H200
-MOST_COPIES, LAUNCHES, REPLAYS = 64, 20, 7
 OURS = (*tuning.BACKENDS, "together")
 TOLERANCE = 1.2e-2  # of bfloat16, as in tests/kernels
 COMPILERS = 8  # processes that fill Triton's cache before anything is timed
@@ -93,164 +80,6 @@ class Row:
     share: float
     speedup: float
     error: float
-
-
-def random_operands(shape: tuple[int, int], name: str, device: torch.device, *, seed: int = 0) -> Operands:
-    """A matrix of random words, with zeros and float16 scales."""
-    num_n, num_k = shape
-    generator = torch.Generator(device).manual_seed(seed)
-    num_groups = num_k // GROUP_SIZE
-    runs = share_out(FORMATS[name], num_groups)
-    mixed = len(runs) > 1
-
-    def words(*dims: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, dims, generator=generator, device=device, dtype=torch.int64).to(
-            torch.int32
-        )
-
-    chunks_n = -(-num_n // 32)
-    order = None
-    if mixed:
-        parts = torch.randperm(num_groups, generator=generator, device=device).split([count for _, count in runs])
-        order = torch.cat([part.sort().values for part in parts]).to(torch.int32)
-    zeros = words(sum(bits * count for bits, count in runs) * chunks_n)
-    return Operands(
-        words=words(num_n, sum(bits * count for bits, count in runs) * GROUP_SIZE // 32),
-        scales=torch.rand(num_n, num_groups, generator=generator, device=device).mul_(0.01).add_(0.001).half(),
-        zeros=zeros if mixed else zeros.view(num_groups, -1),
-        order=order,
-        scale_base=None,
-        bias=None,
-        runs=runs,
-        group_size=GROUP_SIZE,
-        shape=shape,
-    )
-
-
-def share_out(shares: tuple[tuple[int, float], ...], num_groups: int) -> tuple[tuple[int, int], ...]:
-    counts = [max(1, round(share * num_groups)) for _, share in shares]
-    counts[0] += num_groups - sum(counts)
-    return tuple((bits, count) for (bits, _), count in zip(shares, counts, strict=True))
-
-
-def stored_nbytes(operands: Operands) -> int:
-    stored = (operands.words, operands.scales, operands.zeros, operands.order)
-    return sum(tensor.nbytes for tensor in stored if tensor is not None)
-
-
-def copies_of(operands: Operands) -> list[Operands]:
-    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // stored_nbytes(operands))))
-    return [operands] + [copy_of(operands) for _ in range(num - 1)]
-
-
-def copy_of(operands: Operands) -> Operands:
-    return dataclasses.replace(
-        operands,
-        words=operands.words.clone(),
-        scales=operands.scales.clone(),
-        zeros=None if operands.zeros is None else operands.zeros.clone(),
-    )
-
-
-def weights_of(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
-    return dequantize(
-        operands.words,
-        operands.scales,
-        operands.zeros,
-        order=operands.order,
-        runs=operands.runs,
-        group_size=operands.group_size,
-        shape=operands.shape,
-        dtype=dtype,
-    )
-
-
-def eager_microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Of one call that the host launches, the calls taken in turn."""
-    if device.type == "cpu":
-        return microseconds(calls, device)
-    times = []
-    for _ in range(REPLAYS + 1):  # the first is not counted
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for index in range(LAUNCHES):
-            calls[index % len(calls)]()
-        torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - started) / LAUNCHES)
-    return statistics.median(times[1:])
-
-
-def microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Of one call, the calls taken in turn."""
-    for call in calls[:2]:
-        call()
-    if device.type == "cpu":
-        started = time.perf_counter()
-        calls[0]()
-        return 1e6 * (time.perf_counter() - started)
-    num = max(LAUNCHES, len(calls))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(num):
-            calls[index % len(calls)]()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / num)
-    return statistics.median(times)
-
-
-def copy_gbytes_per_s(device: torch.device) -> float:
-    source = torch.ones((2**28 if device.type == "cuda" else 2**22,), device=device)
-    targets = [torch.empty_like(source) for _ in range(2)]
-    return 2 * source.nbytes / microseconds([partial(to.copy_, source) for to in targets], device) / 1000
-
-
-def cublas(shape: tuple[int, int], x: torch.Tensor) -> float:
-    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // (2 * shape[0] * shape[1]))))
-    weights = [torch.randn(shape, device=x.device, dtype=x.dtype) for _ in range(num)]
-    return microseconds([partial(torch.nn.functional.linear, x, w) for w in weights], x.device)
-
-
-def torch_int4(shape: tuple[int, int], x: torch.Tensor) -> float:
-    """torch's own packed product: 4 bits, groups of 128, bfloat16. Its weights are random: no result to compare."""
-    num_n, num_k = shape
-    raw = torch.randint(0, 256, (num_n, num_k // 2), device=x.device, dtype=torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack(raw, 8)
-    scales = torch.rand(num_k // GROUP_SIZE, num_n, 2, device=x.device, dtype=x.dtype)
-    num = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // packed.nbytes)))
-    copies = [packed.clone() for _ in range(num)]
-    product = torch.ops.aten._weight_int4pack_mm
-    return microseconds([partial(product, x, w, GROUP_SIZE, scales) for w in copies], x.device)
-
-
-def gemlite(shape: tuple[int, int], x: torch.Tensor) -> float:
-    """GemLite at 4 bits, groups of 128, where it is installed."""
-    from gemlite.core import DType, GemLiteLinear
-
-    num_n, num_k = shape
-    num = min(16, max(1, -(-ROTATED_NBYTES // (num_n * num_k // 2))))
-    layers = []
-    for _ in range(num):
-        layer = GemLiteLinear(
-            4,
-            group_size=GROUP_SIZE,
-            in_features=num_k,
-            out_features=num_n,
-            input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
-        )
-        codes = torch.randint(0, 16, shape, device=x.device, dtype=torch.uint8)
-        scales = torch.rand(num_n, num_k // GROUP_SIZE, device=x.device, dtype=x.dtype)
-        layer.pack(codes, scales, torch.full_like(scales, 8), None)
-        layers.append(layer)
-    return microseconds([partial(layer, x) for layer in layers], x.device)
 
 
 def worst_error(backend: str, x: torch.Tensor, operands: Operands, weights: torch.Tensor) -> float:
@@ -298,8 +127,7 @@ def measure_together(
             print(f"{label}, {name}: no shared launch: {refused}", file=sys.stderr)
             continue
         nbytes, num_weights = sum(map(stored_nbytes, members)), sum(shape[0] * shape[1] for shape, _ in wanted)
-        num_copies = min(MOST_COPIES, max(1, -(-ROTATED_NBYTES // nbytes)))
-        copies = [members] + [[copy_of(each) for each in members] for _ in range(num_copies - 1)]
+        copies = copies_of(members)
         for num in rows:
             if num > together.MOST_ROWS or tuning.backend_for(num, tuning.launch_on(device)) != "gemv":
                 continue
@@ -341,9 +169,6 @@ def together_error(x: torch.Tensor, members: Sequence[Operands]) -> float:
     return max(errors) if all(map(torch.equal, found, alone)) else float("nan")
 
 
-OTHERS = {"torch int4": torch_int4, "gemlite": gemlite}
-
-
 def backends_for(num_rows: int, device: torch.device) -> list[str]:
     """The one that runs, and at many rows its rival too: a fused product may not lose to dequantizing first."""
     chosen = tuning.backend_for(num_rows, tuning.launch_on(device))
@@ -379,7 +204,7 @@ def measure(
             yield row("bfloat16", 16.0, num, "cublas", plain[num], 0.0)
         for name in formats:
             operands = random_operands(shape, name, device)
-            copies = copies_of(operands)
+            copies = [each for (each,) in copies_of([operands])]
             bits = 8 * stored_nbytes(operands) / (shape[0] * shape[1])
             weights = weights_of(operands, torch.float32)
             for num, x in inputs.items():
@@ -474,18 +299,10 @@ def default_file(device_name: str) -> Path:
     return Path(os.environ.get("OUT", ROOT / "eval/results")) / f"kernels-{short}.csv"
 
 
-def read_formats(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no format; there are {', '.join(map(repr, FORMATS))}")
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--formats", type=read_formats, default=",".join(FORMATS))
+    parser.add_argument("--formats", type=names_among(FORMATS, "format"), default=",".join(FORMATS))
     parser.add_argument("--seconds", type=float, default=420.0, help="when to stop and write what there is")
     parser.add_argument("--out", type=Path, help="the CSV")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on whatever device there is")
