@@ -7,8 +7,6 @@ from llmmpq.errors import CalibrationError
 from llmmpq.execute import ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.measure.moments import Moment
 from llmmpq.measure.output_metric import mixed_metric
-from llmmpq.model.checkpoint import Checkpoint
-from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import BlockStream
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
@@ -48,20 +46,6 @@ VARIANTS = {
     "stored order": settings_of(activation_order=False, correction=1.0),
 }
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    known = {}
-
-    def open_(name: str = "llama"):
-        if name not in known:
-            folder = tiny.save(name, tmp_path_factory.mktemp(name))
-            checkpoint = Checkpoint.open(folder)
-            known[name] = build_skeleton(folder, checkpoint), checkpoint
-        return known[name]
-
-    return open_
 
 
 def plan_of(skeleton) -> Plan:

@@ -10,28 +10,12 @@ from llmmpq.errors import CalibrationError
 from llmmpq.measure import output_metric
 from llmmpq.measure.output_metric import NUM_DRAWS, draw_tokens, measure_output_metric, mixed_metric, num_passes
 from llmmpq.measure.states import StateStore
-from llmmpq.model.checkpoint import Checkpoint
-from llmmpq.model.skeleton import build_skeleton
 from llmmpq.model.stream import BlockStream
 from tests import tiny
 
 CPU = torch.device("cpu")
 # Longer than the sliding window of 16, so that a mask that was lost or taken from another layer shows.
 WINDOWS = tiny.token_ids(3, 24)
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    known = {}
-
-    def open_(name: str):
-        if name not in known:
-            folder = tiny.save(name, tmp_path_factory.mktemp(name))
-            checkpoint = Checkpoint.open(folder)
-            known[name] = build_skeleton(folder, checkpoint), checkpoint
-        return known[name]
-
-    return open_
 
 
 def measured(opened, folder, *, place="host", dtype=torch.float32, windows=WINDOWS):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llmmpq.errors import UnsupportedModelError
 from llmmpq.model.checkpoint import Checkpoint
-from llmmpq.model.skeleton import Skeleton, build_skeleton
+from llmmpq.model.skeleton import Skeleton
 from llmmpq.model.stream import BlockStream
 from llmmpq.records import LinearSpec
 from tests import tiny
@@ -19,20 +19,6 @@ from tests import tiny
 CPU = torch.device("cpu")
 # Longer than the sliding window of 16, so that a mask that was lost or taken from another layer shows.
 WINDOWS = tiny.token_ids(3, 24)
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    known = {}
-
-    def open_(name: str):
-        if name not in known:
-            folder = tiny.save(name, tmp_path_factory.mktemp(name))
-            checkpoint = Checkpoint.open(folder)
-            known[name] = build_skeleton(folder, checkpoint), checkpoint
-        return known[name]
-
-    return open_
 
 
 def stream_of(opened, *, windows=WINDOWS, dtype=torch.float32, **options) -> BlockStream:
