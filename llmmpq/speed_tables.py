@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from llmmpq.tables import NOTHING, size
+from llmmpq.pieces import NOTHING, columns, say, size
 
 Row = Mapping[str, Any]
 
 
 def show_bench(console: Console, result: Row) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("model", "dtype", "batch", "first token", "read", "write", "weights", "of a copy"):
-        table.add_column(header, justify="left" if header in ("model", "dtype") else "right")
+    table = columns(
+        "model", "dtype", "batch", "first token", "read", "write", "weights", "of a copy", right=range(2, 8)
+    )
     for row in result["rows"]:
         table.add_row(
             row["kind"],
@@ -32,16 +30,16 @@ def show_bench(console: Console, result: Row) -> None:
         )
     console.print(table)
     where = result["device"] if result["device"] != "cpu" else f"a CPU, {result['threads']} threads"
-    _say(
+    say(
         console,
         f"{result['model']} on {where}, torch {result['torch']}: prompts of {result['prompt']} tokens, {result['new']} "
         f"written; a copy moves {result['copy_bandwidth'] / 1e9:,.1f} GB/s.",
     )
     times = _times_faster(result["rows"])
     if times:
-        _say(console, f"Quantized writes {times} as fast.")
+        say(console, f"Quantized writes {times} as fast.")
     for note in result["notes"]:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def _times_faster(rows: list[Row]) -> str:
@@ -62,13 +60,13 @@ def show_runtime(console: Console, runtime: Row) -> None:
             chosen = next((c["backend"] for c in candidates if c["accepted"]), NOTHING)
             why = tuple((c["backend"], c["accepted"], c["reason"]) for c in candidates)
             groups[rows, chosen, why].append(linear["name"])
-    _say(console, f"Computed on {runtime['device']} in {runtime['dtype']}:")
+    say(console, f"Computed on {runtime['device']} in {runtime['dtype']}:")
     for (rows, chosen, why), names in groups.items():
         what = "matrix" if len(names) == 1 else "matrices"
-        _say(console, f"{rows} row{'s' if int(rows) > 1 else ''}: {chosen} for {len(names)} {what}, such as {names[0]}")
+        say(console, f"{rows} row{'s' if int(rows) > 1 else ''}: {chosen} for {len(names)} {what}, such as {names[0]}")
         for backend, accepted, reason in why:
             sign = "runs" if backend == chosen else "could run" if accepted else "cannot"
-            _say(console, f"    {backend}: {sign}: {reason}")
+            say(console, f"    {backend}: {sign}: {reason}")
     shared: dict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
     for one in runtime["together"]:
         for rows, found in one["rows"].items():
@@ -76,8 +74,4 @@ def show_runtime(console: Console, runtime: Row) -> None:
     for (rows, accepted, reason), sets in shared.items():
         what = f"{len(sets)} set{'s' if len(sets) > 1 else ''} of one input, such as {' + '.join(sets[0])}"
         launched = "one launch" if accepted else "a launch each"
-        _say(console, f"{rows} row{'s' if int(rows) > 1 else ''}: {launched} for {what}: {reason}")
-
-
-def _say(console: Console, sentence: str) -> None:
-    console.print(Text(sentence), soft_wrap=True)
+        say(console, f"{rows} row{'s' if int(rows) > 1 else ''}: {launched} for {what}: {reason}")

@@ -18,18 +18,14 @@ from rich.text import Text
 
 from llmmpq.allocate.budget import asked_for, parts_of
 from llmmpq.bitmap import bit_map, bits_text, narrower_width, short_names, width_shares
+from llmmpq.pieces import NOTHING, columns, say, show_alarms, show_rows, size
 from llmmpq.progress import duration
 
 Row = Mapping[str, Any]
 
 WIDTH_STYLES = {2: "red", 3: "yellow", 4: "green", 8: "cyan"}
-NOTHING = "-"
 MAX_MAP_ROWS = 40  # what a screen shows at once; a longer map continues beside itself where the terminal is wide enough
 MAX_EXAMPLES = 3
-
-
-def size(nbytes: int) -> str:
-    return decimal(int(nbytes), precision=2)
 
 
 def show_quantized(console: Console, result: Row) -> None:
@@ -50,9 +46,9 @@ def show_quantized(console: Console, result: Row) -> None:
         rows["Continued"] = f"{result['resumed_blocks']} blocks were taken over from an earlier run"
     if result["already_done"]:
         rows["Continued"] = "nothing was left to do: the folder already holds this result"
-    _show_rows(console, rows)
-    _show_alarms(console, "fallback", result["fallbacks"])
-    _show_alarms(console, "warning", result["warnings"])
+    show_rows(console, rows)
+    show_alarms(console, "fallback", result["fallbacks"])
+    show_alarms(console, "warning", result["warnings"])
     if result["pushed"] is not None:
         show_pushed(console, result["pushed"])
 
@@ -64,13 +60,13 @@ def show_plans(console: Console, result: Row) -> None:
         show_bit_map(console, linears)
         budget, nbytes = plans[0]["budget"], plans[0]["nbytes"]
         parts = _part_rows(budget.get("total_nbytes"), parts_of(budget, nbytes))
-        _show_rows(console, {**_plan_rows(plans[0], linears), **parts, "Size": f"{size(nbytes)} in these matrices"})
+        show_rows(console, {**_plan_rows(plans[0], linears), **parts, "Size": f"{size(nbytes)} in these matrices"})
     elif plans:
         # Around a plan another point is the model's middle: only what was measured compares plans then.
         is_measured = any(plan["measured_kl"] is not None for plan in plans)
         headers = ["asked", "true bits", "code bits", "size", "predicted loss", "gap"]
         headers += ["measured KL"] if is_measured else []
-        table = _table(*headers, "weights by width", right=range(len(headers)))
+        table = columns(*headers, "weights by width", right=range(len(headers)))
         for plan in plans:
             table.add_row(
                 f"{plan['budget'].get('value', '')}{' of VRAM' if plan['budget'].get('kind') == 'fit_vram' else ''}",
@@ -88,13 +84,13 @@ def show_plans(console: Console, result: Row) -> None:
     if not plans:
         return
     if result["out"] is None:
-        _say(console, "No plan file was written; --out FOLDER writes what `llmmpq quantize --plan FILE` carries out.")
+        say(console, "No plan file was written; --out FOLDER writes what `llmmpq quantize --plan FILE` carries out.")
     else:
-        _say(console, f"Plan files are in {result['out']}.")
+        say(console, f"Plan files are in {result['out']}.")
 
 
 def _show_curve(console: Console, curve: Row, out: str | None) -> None:
-    table = _table("true bits", "code bits", "size", "with kept", "predicted loss", "gap", right=range(6))
+    table = columns("true bits", "code bits", "size", "with kept", "predicted loss", "gap", right=range(6))
     for point in curve["points"]:
         table.add_row(
             f"{point['bits_per_weight']:.3f}",
@@ -105,13 +101,13 @@ def _show_curve(console: Console, curve: Row, out: str | None) -> None:
             _gap(point["optimality_gap"]),
         )
     console.print(table)
-    _say(console, f"{len(curve['points'])} different plans for {curve['num_budgets']} budgets, smallest to largest.")
+    say(console, f"{len(curve['points'])} different plans for {curve['num_budgets']} budgets, smallest to largest.")
     if out is None:
-        _say(console, "No file was written; --out FOLDER writes pareto.json, and pareto.png with matplotlib.")
+        say(console, "No file was written; --out FOLDER writes pareto.json, and pareto.png with matplotlib.")
     else:
-        _say(console, f"Written to {out}: {', '.join(curve['files'])}.")
+        say(console, f"Written to {out}: {', '.join(curve['files'])}.")
     for note in curve["notes"]:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def show_check(console: Console, result: Row) -> None:
@@ -132,15 +128,15 @@ def show_check(console: Console, result: Row) -> None:
         "Work disk": _needed(result["work_disk_nbytes"], result["work_disk_free_nbytes"]),
         "Time": None if seconds is None else f"about {duration(seconds)} (a rough estimate)",
     }
-    _show_rows(console, rows)
+    show_rows(console, rows)
     show_kept(console, result["kept"])
     if short := result["short_groups"]:
-        _say(console, f"A short last group: {_examples(short)}")
+        say(console, f"A short last group: {_examples(short)}")
     for note in result["notes"]:
-        _say(console, f"note: {note}")
-    _show_alarms(console, "problem", result["problems"])
+        say(console, f"note: {note}")
+    show_alarms(console, "problem", result["problems"])
     if not result["problems"]:
-        _say(console, "Nothing stands in the way.")
+        say(console, "Nothing stands in the way.")
 
 
 def show_kept(console: Console, kept: Iterable[Row]) -> None:
@@ -149,7 +145,7 @@ def show_kept(console: Console, kept: Iterable[Row]) -> None:
         by_reason[tensor["reason"]].append(tensor)
     if not by_reason:
         return
-    table = _table("kept as it is, because", "tensors", "size", "such as", right=(1, 2))
+    table = columns("kept as it is, because", "tensors", "size", "such as", right=(1, 2))
     for reason, tensors in sorted(by_reason.items(), key=lambda item: -sum(one["nbytes"] for one in item[1])):
         nbytes = sum(tensor["nbytes"] for tensor in tensors)
         largest = max(tensors, key=lambda tensor: tensor["nbytes"])
@@ -166,17 +162,17 @@ def show_inspected(console: Console, result: Row) -> None:
         "Size": f"{size(result['total_nbytes'])}: {size(result['quantized_nbytes'])} quantized, "
         f"{size(result['kept_nbytes'])} kept at 16 bits or more",
     }
-    _show_rows(console, rows)
-    _show_alarms(console, "fallback", result["fallbacks"])
-    _show_alarms(console, "warning", result["warnings"])
-    _show_alarms(console, "problem", result["problems"])
+    show_rows(console, rows)
+    show_alarms(console, "fallback", result["fallbacks"])
+    show_alarms(console, "warning", result["warnings"])
+    show_alarms(console, "problem", result["problems"])
     if not result["problems"]:
         sound = "Every file is there and has the digest it was written with."
-        _say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
+        say(console, sound if result["verified"] else "Every packed tensor is there; there are no digests to verify.")
 
 
 def show_report(console: Console, result: Row) -> None:
-    _say(console, f"Written to {result['out']} ({size(result['nbytes'])}): open it in any browser.")
+    say(console, f"Written to {result['out']} ({size(result['nbytes'])}): open it in any browser.")
     missing = {
         "has_sensitivity": "what each width costs: nothing was measured for this folder",
         "has_curve": "the curve of loss against size: --pareto takes what `llmmpq plan --pareto --out` wrote",
@@ -184,13 +180,13 @@ def show_report(console: Console, result: Row) -> None:
     }
     for key, sentence in missing.items():
         if not result[key]:
-            _say(console, f"Not in it: {sentence}.")
-    _show_alarms(console, "problem", result["problems"])
+            say(console, f"Not in it: {sentence}.")
+    show_alarms(console, "problem", result["problems"])
 
 
 def show_evaluated(console: Console, result: Row) -> None:
     models = [result] if result.get("baseline") is None else [result, result["baseline"]]
-    table = _table("", *(model["model"] for model in models), right=(1, 2))
+    table = columns("", *(model["model"] for model in models), right=(1, 2))
     for label, key, form in (
         ("perplexity", "perplexity", "{:.4f}"),
         ("nats per token", "nll", "{:.5f}"),
@@ -204,8 +200,8 @@ def show_evaluated(console: Console, result: Row) -> None:
             table.add_row(label, *shown)
     console.print(table)
     if len(models) == 2:
-        _say(console, f"Extra loss against the baseline: {result['extra_nll']:+.5f} nats per token.")
-    _say(
+        say(console, f"Extra loss against the baseline: {result['extra_nll']:+.5f} nats per token.")
+    say(
         console,
         f"{result['num_tokens']:,} tokens of {result['text']}, in windows of {result['window']}"
         + ("" if result["stride"] == result["window"] else f" that begin {result['stride']} tokens apart")
@@ -214,12 +210,12 @@ def show_evaluated(console: Console, result: Row) -> None:
     if "divergence" in result:
         _show_divergence(console, result["model"], result["divergence"], result["noise_floor"])
     for note in result["notes"]:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def _show_divergence(console: Console, model: str, found: Row, floor: Row) -> None:
     console.print()
-    table = _table("KL divergence, nats per token", model, "bf16 noise floor", right=(1, 2))
+    table = columns("KL divergence, nats per token", model, "bf16 noise floor", right=(1, 2))
     for key, form in (
         ("kl_mean", "{:.4g}"),
         ("kl_median", "{:.4g}"),
@@ -230,13 +226,13 @@ def _show_divergence(console: Console, model: str, found: Row, floor: Row) -> No
         label = {"top1_agreement": "same first choice"}.get(key, key.removeprefix("kl_"))
         table.add_row(label, form.format(found[key]), form.format(floor[key]))
     console.print(table)
-    _say(console, f"Of {found['num_tokens']:,} tokens, from the baseline in float32.")
+    say(console, f"Of {found['num_tokens']:,} tokens, from the baseline in float32.")
 
 
 def show_tasks(console: Console, result: Row) -> None:
     """One row for each task and figure, as lm-eval names them."""
     models = [result] if result.get("baseline") is None else [result, result["baseline"]]
-    table = _table("task", "figure", *(model["model"] for model in models), right=range(2, 2 + len(models)))
+    table = columns("task", "figure", *(model["model"] for model in models), right=range(2, 2 + len(models)))
     for task, figures in result["results"].items():
         names = [name for name in figures if "_stderr" not in name]
         for position, name in enumerate(names):
@@ -244,9 +240,9 @@ def show_tasks(console: Console, result: Row) -> None:
             table.add_row("" if position else task, name, *values)
     console.print(table)
     for task, num in result["num_examples"].items():
-        _say(console, f"{task}: {num} examples, {result['num_fewshot'][task]} shown before each.")
+        say(console, f"{task}: {num} examples, {result['num_fewshot'][task]} shown before each.")
     for file in (file for model in models for file in model["files"]):
-        _say(console, f"Saved as {file}")
+        say(console, f"Saved as {file}")
 
 
 def _with_error(figures: Row, name: str) -> str:
@@ -257,7 +253,7 @@ def _with_error(figures: Row, name: str) -> str:
 
 def show_pushed(console: Console, result: Row) -> None:
     sent, there = result["uploaded"], result["unchanged"]
-    _show_rows(
+    show_rows(
         console,
         {
             "Pushed to": result["url"],
@@ -268,7 +264,7 @@ def show_pushed(console: Console, result: Row) -> None:
         },
     )
     for note in result["notes"]:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
@@ -280,14 +276,14 @@ def show_bit_map(console: Console, linears: Sequence[Row]) -> None:
     if panels is None:  # too many or too long roles for this terminal
         letters = [chr(ord("a") + index) if index < 26 else str(index) for index in range(len(roles))]
         panels = _panels(console, letters, rows) or [_map_table(letters, rows)]
-        _say(console, ", ".join(f"{letter} = {header}" for letter, header in zip(letters, headers, strict=True)))
+        say(console, ", ".join(f"{letter} = {header}" for letter, header in zip(letters, headers, strict=True)))
     grid = Table.grid(padding=(0, 4))
     grid.add_row(*panels)
     console.print(grid)
     for role, cell in shown.outside.items():
-        _say(console, f"{role}: {_cell(cell)} bits")
+        say(console, f"{role}: {_cell(cell)} bits")
     if any(not cell for _, cells in rows for cell in cells):
-        _say(console, f"{NOTHING} holds no quantized matrix")
+        say(console, f"{NOTHING} holds no quantized matrix")
 
 
 def _panels(console: Console, headers: Sequence[str], rows: Sequence[Any]) -> list[RenderableType] | None:
@@ -302,7 +298,7 @@ def _panels(console: Console, headers: Sequence[str], rows: Sequence[Any]) -> li
 
 
 def _map_table(headers: Sequence[str], rows: Sequence[Any]) -> Table:
-    table = _table("block", *headers, right=range(len(headers) + 1), no_wrap=True)
+    table = columns("block", *headers, right=range(len(headers) + 1), no_wrap=True)
     for label, cells in rows:
         table.add_row(label, *(_cell(cell) for cell in cells))
     return table
@@ -378,36 +374,3 @@ def _gap(value: float | None) -> str:
 def _examples(names: Sequence[str]) -> str:
     more = len(names) - MAX_EXAMPLES
     return ", ".join(names[:MAX_EXAMPLES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _table(*headers: str, right: Iterable[int] | None = None, no_wrap: bool = False) -> Table:
-    numeric = range(1, len(headers)) if right is None else right
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for index, header in enumerate(headers):
-        table.add_column(
-            Text(header), justify="right" if index in numeric else "left", no_wrap=no_wrap, overflow="fold"
-        )
-    return table
-
-
-def _show_rows(console: Console, rows: Mapping[str, str | None]) -> None:
-    console.print()
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, value in rows.items():
-        if value is not None:
-            grid.add_row(label, Text(str(value)))
-    console.print(grid)
-    console.print()
-
-
-def _show_alarms(console: Console, kind: str, sentences: Iterable[str]) -> None:
-    style = {"problem": "bold red"}.get(kind, "bold yellow")
-    for sentence in sentences:
-        console.print(Text(f"{kind}: {sentence}", style=style), soft_wrap=True)
-
-
-def _say(console: Console, sentence: str) -> None:
-    """A sentence is never cut into lines: file names in it stay whole for copying."""
-    console.print(Text(sentence), soft_wrap=True)
