@@ -3,8 +3,8 @@
 Sequential (the default): within a block the linears are taken in the order in which they run, each seeing inputs
 that already went through the quantized ones before it, and the next block sees the quantized block's outputs. With
 a correction share above 0 the unchanged model is followed beside it, and each layer's target moves towards what that
-layer gave in it: a later layer repairs what an earlier one broke. Not sequential: every layer sees the original
-model's inputs.
+layer gave in it, or, where its output is added to a stream, towards what the stream was there: a later layer repairs
+what an earlier one broke. Not sequential: every layer sees the original model's inputs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmmpq.measure.moments import Moment
+from llmmpq.model.landing import Landing, errors_where_it_lands, landing_of
 from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
 from llmmpq.quantize.gptq import Factor, factorize
@@ -35,11 +36,16 @@ class ExecuteSettings:
     sweeps: int
     sequential: bool
     correction: float
+    correct_stream: bool = True  # what has gone wrong where the output is added, or with the layer's own output only
     tune: int = 0  # steps
 
     @property
     def corrects(self) -> bool:
         return self.sequential and self.use_gptq and self.correction > 0
+
+    @property
+    def corrects_stream(self) -> bool:
+        return self.corrects and self.correct_stream
 
     @property
     def follow_original(self) -> bool:
@@ -78,14 +84,13 @@ def quantize_block(
     rounded: dict[str, Rounded] = {}
     groups = block.input_groups()
     for group in groups:
-        moment = Moment(group[0].shape[1], device=block.device, with_cross=settings.corrects, ranks=block.ranks)
-        for inputs, original_inputs in block.inputs_of(group[0]):
-            moment.add(inputs, original_inputs)
-        mean_KK, cross_KK = moment.means(group[0].name)
+        landing = landing_of(block, group[0]) if settings.corrects_stream and len(group) == 1 else None
+        moment = _moment_of(block, group[0], landing, corrects=settings.corrects)
+        mean_KK, cross_EK = moment.means(group[0].name)
         importance_K = mean_KK.diagonal().clone()
         # The widest moments decide the peak of memory: the cross moment is gone before the factor is made.
-        targets = {} if cross_KK is None else _targets(group, originals, cross_KK)
-        del cross_KK
+        targets = {} if cross_EK is None else _targets(group, originals, cross_EK, landing)
+        del cross_EK
         trace = float(importance_K.double().sum())
         factor = (
             factorize(mean_KK, damping=settings.damping, activation_order=settings.activation_order)
@@ -114,6 +119,8 @@ def quantize_block(
                 if scheme != plan.linears[spec.name].scheme
             }
             notes[spec.name] = _note(quantized.algorithm, settings, factor, moment, trace)
+            if landing is not None:
+                notes[spec.name]["corrects"] = f"input of {landing.module}" if landing.module else "output of the block"
             if settings.sequential:
                 block.linear(spec).weight.data = dequantized(quantized.packed, originals[spec.name].dtype)
             on_linear(spec)
@@ -165,10 +172,26 @@ def _take(
             linear.weight.data = dequantized(packed[name], linear.weight.dtype)
 
 
+def _moment_of(block: Block, spec: LinearSpec, landing: Landing | None, *, corrects: bool) -> Moment:
+    """Of the input, and of it with the errors that a correction is to undo: of the input itself, or where it lands."""
+    num_errors = spec.shape[0 if landing else 1] if corrects else 0
+    moment = Moment(spec.shape[1], device=block.device, num_errors=num_errors, ranks=block.ranks)
+    if landing is not None:
+        for inputs, errors in errors_where_it_lands(block, spec, landing):
+            moment.add(inputs, errors)
+        return moment
+    for inputs, original_inputs in block.inputs_of(spec):
+        moment.add(inputs, None if original_inputs is None else original_inputs.float() - inputs.float())
+    return moment
+
+
 def _targets(
-    group: Sequence[LinearSpec], weights: dict[str, torch.Tensor], cross_KK: torch.Tensor
+    group: Sequence[LinearSpec], weights: dict[str, torch.Tensor], cross_EK: torch.Tensor, landing: Landing | None
 ) -> dict[str, torch.Tensor]:
-    return {spec.name: correction_target(weights[spec.name], cross_KK) for spec in group}
+    """What each linear's output would have to add, times its input, in the mean."""
+    if landing is not None:
+        return {group[0].name: cross_EK}
+    return {spec.name: correction_target(weights[spec.name], cross_EK) for spec in group}
 
 
 def apply_result(block: Block, result: BlockResult) -> None:

@@ -154,6 +154,7 @@ def execute_settings(session: Session) -> ExecuteSettings:
         sweeps=quantizer.sweeps,
         sequential=quantizer.sequential,
         correction=quantizer.correction,
+        correct_stream=quantizer.correction_of == "stream",
         tune=quantizer.tune,
     )
 

@@ -161,6 +161,7 @@ class Quantizer(_Checked):
     activation_order: bool = True
     sequential: bool = True
     correction: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.5  # of the error coming in
+    correction_of: Literal["stream", "layer"] = "stream"  # the error where an output is added, or of the output alone
     column_block: Positive = 128
     sweeps: Annotated[int, Rule("from 0 to 100", lambda number: 0 <= number <= 100)] = 3  # of descent after GPTQ
     tune: NotNegative = 0  # steps in which all linears of a block are tuned together, after they were quantized

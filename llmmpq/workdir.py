@@ -27,7 +27,7 @@ from llmmpq.errors import CheckpointError
 from llmmpq.ranks import ALONE, Ranks
 
 # Raise when a change of code changes results: artifacts of older code are then not reused.
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 DEFAULT_WORK_FOLDER = ".llmmpq-work"  # beside the output, unless --work-dir says otherwise
 
 

@@ -1,7 +1,7 @@
-"""Second moments of layer inputs, one per shared input: E[x x'], and how far x is from the original model's input.
+"""Second moments of layer inputs, one per shared input: E[x x'], and E[e x'] of an error e that goes with x.
 
-With x the input that the layer really gets and x0 the one it had before anything was quantized, the cross moment
-E[(x0 - x) x'] is what a layer needs to repair the error it receives (see `quantize/correct.py`).
+The cross moment is what a layer needs to repair an error (see `quantize/correct.py`): with x the input that it really
+gets, e is x0 - x, x0 being the input before anything was quantized, or what its output should have added.
 
 Rows (tokens) that hold a NaN or inf are left out and counted: one bad token must not cost the whole layer.
 
@@ -27,40 +27,37 @@ BAND = 512  # rows of a sum that are formed at a time
 class Moment:
     """Accumulates over tokens; where several processes share them, the means are over all."""
 
-    def __init__(
-        self, num_features: int, *, device: torch.device, with_cross: bool = False, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, num_features: int, *, device: torch.device, num_errors: int = 0, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
-        self.num_features, self.device = num_features, device
-        bands = [(start, min(BAND, num_features - start)) for start in range(0, num_features, BAND)]
+        self.num_features, self.num_errors, self.device = num_features, num_errors, device
         # Row `start` + i of a band of the symmetric sum begins at column `start`.
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.bands = [zeros(rows, num_features - start) for start, rows in bands]
-        self.cross_bands = [zeros(rows, num_features) for _, rows in bands] if with_cross else None
+        self.bands = [zeros(rows, num_features - start) for start, rows in _bands(num_features)]
+        self.cross_bands = [zeros(rows, num_features) for _, rows in _bands(num_errors)]
         self.num_rows = 0
         self.num_excluded = 0
 
-    def add(self, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
+    def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
         rows_TK = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        change_TK = None
-        if self.cross_bands is not None and originals is not None:
-            change_TK = originals.detach().reshape(rows_TK.shape).float() - rows_TK
-        if not _all_finite(rows_TK) or (change_TK is not None and not _all_finite(change_TK)):
+        errors_TE = None
+        if self.cross_bands and errors is not None:
+            errors_TE = errors.detach().reshape(len(rows_TK), -1).float()
+        if not _all_finite(rows_TK) or (errors_TE is not None and not _all_finite(errors_TE)):
             finite = torch.isfinite(rows_TK).all(dim=1)
-            if change_TK is not None:
-                finite &= torch.isfinite(change_TK).all(dim=1)
-                change_TK = change_TK[finite]
+            if errors_TE is not None:
+                finite &= torch.isfinite(errors_TE).all(dim=1)
+                errors_TE = errors_TE[finite]
             self.num_excluded += int((~finite).sum())
             rows_TK = rows_TK[finite]
-        for number, band in enumerate(self.bands):
-            start, end = number * BAND, number * BAND + len(band)
-            band.add_(rows_TK[:, start:end].t() @ rows_TK[:, start:])
-            if self.cross_bands is not None and change_TK is not None:
-                self.cross_bands[number].add_(change_TK[:, start:end].t() @ rows_TK)
+        for band, (start, rows) in zip(self.bands, _bands(self.num_features), strict=True):
+            band.add_(rows_TK[:, start : start + rows].t() @ rows_TK[:, start:])
+        if errors_TE is not None:
+            for band, (start, rows) in zip(self.cross_bands, _bands(self.num_errors), strict=True):
+                band.add_(errors_TE[:, start : start + rows].t() @ rows_TK)
         self.num_rows += len(rows_TK)
 
     def means(self, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """E[x x'] and E[(x0 - x) x'], in float32, in place of the sums: the accumulator is used up."""
+        """E[x x'] and E[e x'], in float32, in place of the sums: the accumulator is used up."""
         self._sum_over_ranks()
         if self.num_rows == 0:
             raise CalibrationError(
@@ -68,28 +65,30 @@ class Moment:
                 "diverges on this text. Try --dtype float32 or other calibration text."
             )
         # The cross moment first: its bands are the larger ones, and go as they are read.
-        cross_KK = None if self.cross_bands is None else self._empty()
-        if cross_KK is not None:
-            assert self.cross_bands is not None
-            for number in range(len(self.cross_bands)):
-                band = self.cross_bands.pop(0).div_(self.num_rows)
-                cross_KK[number * BAND : number * BAND + len(band)] = band
-        mean_KK = self._empty()
-        for number in range(len(self.bands)):
+        cross_EK = self._empty(self.num_errors) if self.cross_bands else None
+        if cross_EK is not None:
+            for start, rows in _bands(self.num_errors):
+                cross_EK[start : start + rows] = self.cross_bands.pop(0).div_(self.num_rows)
+        mean_KK = self._empty(self.num_features)
+        for start, rows in _bands(self.num_features):
             band = self.bands.pop(0).div_(self.num_rows)
-            start, end = number * BAND, number * BAND + len(band)
-            mean_KK[start:end, start:] = band
-            mean_KK[end:, start:end] = band[:, len(band) :].t()
-        return mean_KK, cross_KK
+            mean_KK[start : start + rows, start:] = band
+            mean_KK[start + rows :, start : start + rows] = band[:, rows:].t()
+        return mean_KK, cross_EK
 
-    def _empty(self) -> torch.Tensor:
-        return torch.empty(self.num_features, self.num_features, dtype=torch.float32, device=self.device)
+    def _empty(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, self.num_features, dtype=torch.float32, device=self.device)
 
     def _sum_over_ranks(self) -> None:
-        for band in (*self.bands, *(self.cross_bands or ())):
+        for band in (*self.bands, *self.cross_bands):
             self.ranks.sum_(band)
         num_rows, num_excluded = self.ranks.sum_numbers(self.num_rows, self.num_excluded)
         self.num_rows, self.num_excluded = int(num_rows), int(num_excluded)
+
+
+def _bands(num_rows: int) -> list[tuple[int, int]]:
+    """Where each band begins, and its number of rows."""
+    return [(start, min(BAND, num_rows - start)) for start in range(0, num_rows, BAND)]
 
 
 def _all_finite(rows: torch.Tensor) -> bool:

@@ -1,12 +1,15 @@
-"""Let a layer repair the error that reaches it (the asymmetric calibration of GPTAQ and Qronos, damped).
+"""Let a layer repair the error that reaches it (the asymmetric calibration of GPTAQ and Qronos, damped), or its stream.
 
 The quantized layer gets the input x of the partly quantized model, but should reproduce W x0, the original layer's
 output on the original input x0. The best weight for that, in the least-squares sense, is
 
-    W + W E[(x0 - x) x'] E[x x']^-1
+    W + E[e x'] E[x x']^-1,    e = W (x0 - x)
 
-and GPTQ is then run on it. The full step overfits the calibration text and moves the weight off what the scales can
-hold; a share `a` of it (0.5 by default, see docs/log.md) was better than none and than all of it.
+and GPTQ is then run on it. Where the output is added to a stream, what matters is the sum: e is then the difference
+of the streams just behind the addition (see `model/landing.py`): W (x0 - x), and what earlier layers left there.
+
+The full step overfits the calibration text and moves the weight off what the scales can hold; a share `a` of it (0.5
+by default, see docs/log.md) was better than none and than all of it.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def settings_of(**changes) -> ExecuteSettings:
 
 VARIANTS = {
     "corrected": settings_of(),
+    "layer corrected": settings_of(correct_stream=False),
     "sequential": settings_of(correction=0.0),
     "not sequential": settings_of(sequential=False),
     "rtn": settings_of(use_gptq=False),
@@ -271,7 +272,7 @@ def test_each_refinement_pays(opened, in_one_go):
     plain = settings_of(correction=0.0)
     expected = [torch.cat(list(block.run())) for block in stream_of(opened(), plain)][-1]
     errors = {}
-    for name in ("rtn", "not sequential", "sequential", "corrected"):
+    for name in ("rtn", "not sequential", "sequential", "layer corrected", "corrected"):
         _, results = in_one_go(VARIANTS[name])
         for block in stream_of(opened(), plain):
             apply_result(block, results[block.index])
@@ -279,7 +280,22 @@ def test_each_refinement_pays(opened, in_one_go):
         errors[name] = float((found - expected).square().sum() / expected.square().sum())
     assert errors["not sequential"] < errors["rtn"]
     assert errors["sequential"] < errors["rtn"]
-    assert errors["corrected"] < errors["sequential"]
+    assert errors["layer corrected"] < errors["sequential"]
+    assert errors["corrected"] < errors["layer corrected"]
+
+
+def test_what_a_layer_corrects_is_noted(in_one_go):
+    for name, expected in (
+        ("corrected", {"o_proj": "input of post_attention_layernorm", "down_proj": "output of the block"}),
+        ("layer corrected", {}),
+        ("sequential", {}),
+    ):
+        _, results = in_one_go(VARIANTS[name])
+        for result in results:
+            found = {
+                spec.rpartition(".")[2]: note["corrects"] for spec, note in result.notes.items() if "corrects" in note
+            }
+            assert found == expected
 
 
 def test_the_same_run_twice_is_the_same(opened):

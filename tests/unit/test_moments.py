@@ -35,9 +35,9 @@ def test_means_over_all_tokens_of_all_batches():
 
 def test_the_cross_moment_is_that_of_the_change_with_the_input():
     inputs, originals = randn(4, 6, 5), randn(4, 6, 5, seed=1)
-    moment = Moment(5, device=CPU, with_cross=True)
+    moment = Moment(5, device=CPU, num_errors=5)
     for one, two in zip(inputs, originals, strict=True):
-        moment.add(one, two)
+        moment.add(one, two - one)
     mean, cross = moment.means("here")
     inputs, originals = inputs.reshape(-1, 5), originals.reshape(-1, 5)
     torch.testing.assert_close(mean, direct(inputs))
@@ -49,8 +49,8 @@ def test_the_cross_moment_is_that_of_the_change_with_the_input():
 def test_bands_that_do_not_divide_the_features(monkeypatch, band):
     monkeypatch.setattr(moments, "BAND", band)
     inputs, originals = randn(9, 5), randn(9, 5, seed=1)
-    moment = Moment(5, device=CPU, with_cross=True)
-    moment.add(inputs, originals)
+    moment = Moment(5, device=CPU, num_errors=5)
+    moment.add(inputs, originals - inputs)
     mean, cross = moment.means("here")
     torch.testing.assert_close(mean, direct(inputs))
     torch.testing.assert_close(cross, direct(inputs, originals - inputs))
@@ -60,9 +60,9 @@ def test_the_order_of_the_batches_leaves_no_trace():
     inputs, originals = randn(40, 30, 64), randn(40, 30, 64, seed=1)
     found = []
     for order in (range(40), reversed(range(40)), [*range(0, 40, 3), *range(1, 40, 3), *range(2, 40, 3)]):
-        moment = Moment(64, device=CPU, with_cross=True)
+        moment = Moment(64, device=CPU, num_errors=64)
         for position in order:
-            moment.add(inputs[position], originals[position])
+            moment.add(inputs[position], originals[position] - inputs[position])
         found.append(torch.cat(moment.means("here")))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -99,8 +99,8 @@ def test_a_token_bad_in_either_model_counts_once_and_in_neither_moment(where, ba
     if where in ("original", "both"):
         originals[2, 0] = bad
     originals[5, 0] = bad
-    moment = Moment(3, device=CPU, with_cross=True)
-    moment.add(inputs, originals)
+    moment = Moment(3, device=CPU, num_errors=3)
+    moment.add(inputs, originals - inputs)
     assert (moment.num_rows, moment.num_excluded) == (6, 2)
     good = [0, 1, 3, 4, 6, 7]
     mean, cross = moment.means("here")
@@ -126,7 +126,7 @@ def test_only_bad_tokens_is_an_error_that_names_the_layer(bad):
 def test_adding_does_not_change_or_hold_the_inputs():
     inputs = randn(5, 4).requires_grad_(True)
     before = inputs.detach().clone()
-    moment = Moment(4, device=CPU, with_cross=True)
-    moment.add(inputs, inputs + 1)
+    moment = Moment(4, device=CPU, num_errors=4)
+    moment.add(inputs, torch.ones_like(inputs))
     assert torch.equal(inputs, before)
     assert not any(band.requires_grad for band in moment.bands)

@@ -125,12 +125,12 @@ def test_what_open_mpi_says(no_launcher):
 def test_moments_are_those_of_all_tokens():
     inputs, originals = randn(6, 10, 7), randn(6, 10, 7, seed=1)
     inputs[1, 3, 0] = inputs[4, 0, 0] = float("nan")
-    whole = Moment(7, device=CPU, with_cross=True)
+    whole = Moment(7, device=CPU, num_errors=7)
     one, two = pair()
-    halves = [Moment(7, device=CPU, with_cross=True, ranks=ranks) for ranks in (one, two)]
+    halves = [Moment(7, device=CPU, num_errors=7, ranks=ranks) for ranks in (one, two)]
     for position in range(6):
         for moment in (whole, halves[position % 2]):
-            moment.add(inputs[position], originals[position])
+            moment.add(inputs[position], originals[position] - inputs[position])
     expected = whole.means("here")
     halves[0].means("here")
     found = halves[1].means("here")
