@@ -46,6 +46,7 @@ RTN = {
     "quantizer.sweeps": 0,
     "quantizer.correction": 0.0,
     "quantizer.sequential": False,
+    "quantizer.correction_of": "layer",
     "allocation.layer_only": True,
 }
 PARTS: dict[str, dict[str, Any]] = {
@@ -54,6 +55,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ sequential, correction 0.5": {"quantizer.sequential": True, "quantizer.correction": 0.5},
     "+ 8-bit scales": {"quantizer.scale_dtype": "float8"},
     "+ descent": {"quantizer.sweeps": 3},
+    "+ correction of the stream": {"quantizer.correction_of": "stream"},
     "+ group bits": {"allocation.layer_only": False},
     "+ text of its own": {"calibration.source": "self"},
     "+ tuning": {"quantizer.tune": 200},
