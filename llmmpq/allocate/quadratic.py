@@ -41,7 +41,8 @@ __all__ = ["Program", "Solved", "solve_program"]
 
 PLAIN_SWEEPS = 10  # of the first relaxation, which only guides: its bound is far off
 ANNEAL_SEEDS = 4
-ANNEAL_SWEEPS = 40
+FIRST_ANNEAL_SWEEPS = 40
+LAST_ANNEAL_SWEEPS = 200
 # Tighten again while the last time left at most this part of the gap; after that, branching closes it faster.
 WORTH_ANOTHER = 0.5
 
@@ -151,18 +152,9 @@ def _solve_separable(search: Search, part: Part) -> None:
 
 def _solve_coupled(search: Search, part: Part) -> None:
     convex, relaxed = _relax_plainly(search, part)
-    for seed in range(ANNEAL_SEEDS):
-        if search.done() or search.late():
-            return
-        drawn = anneal(
-            part.reduced,
-            picked_U=round_point(part.reduced, relaxed),
-            prices_K=relaxed.prices_BK[0],
-            sweeps=ANNEAL_SWEEPS,
-            seed=seed,
-            stop=search.late,
-        )
-        _offer(search, part, drawn)
+    _anneal(search, part, relaxed, sweeps=FIRST_ANNEAL_SWEEPS)
+    if search.done() or search.late():
+        return
     first = True
     while True:
         before = search.gap()
@@ -182,7 +174,24 @@ def _solve_coupled(search: Search, part: Part) -> None:
         if search.gap() > WORTH_ANOTHER * before:
             break
         first = False
+    _anneal(search, part, relaxed, sweeps=LAST_ANNEAL_SWEEPS)
     _branch(search, part, convex, relaxed)
+
+
+def _anneal(search: Search, part: Part, relaxed: Relaxed, *, sweeps: int) -> None:
+    """From the rounded relaxation at its prices."""
+    for seed in range(ANNEAL_SEEDS):
+        if search.done() or search.late():
+            return
+        drawn = anneal(
+            part.reduced,
+            picked_U=round_point(part.reduced, relaxed),
+            prices_K=relaxed.prices_BK[0],
+            sweeps=sweeps,
+            seed=seed,
+            stop=search.late,
+        )
+        _offer(search, part, drawn)
 
 
 def _carried(part: Part, relaxed: Relaxed, smaller: Part) -> np.ndarray:

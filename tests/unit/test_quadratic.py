@@ -1,6 +1,7 @@
 """Edges of the quadratic solver: nothing to choose, nothing to gain, no room, no time, and a hand on the keyboard."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from llmmpq.allocate import shift
 from llmmpq.allocate.program import narrow, reduce_program
 from llmmpq.allocate.quadratic import Program, _carried, solve_program
 from llmmpq.allocate.relax import relax
+from llmmpq.allocate.search import anneal, cheapest_start
 from llmmpq.allocate.shift import make_convex
 from llmmpq.errors import InfeasibleBudgetError
 
@@ -222,3 +224,21 @@ def test_a_relaxation_that_has_settled_ends_before_its_passes_are_over():
     )
     np.testing.assert_array_equal(few.point_BN, many.point_BN)
     assert few.bound_B == many.bound_B
+
+
+def test_annealing_takes_prices_of_whole_limits_whatever_the_unit_of_costs():
+    small = random_program(30, 5)
+    large = replace(small, costs_KO=small.costs_KO * 10**6, limits=tuple(10**6 * limit for limit in small.limits))
+    first, second = (
+        anneal(
+            reduced := reduce_program(program),
+            picked_U=cheapest_start(reduced),
+            prices_K=np.array([reduced.loss(cheapest_start(reduced))]),
+            sweeps=20,
+            seed=0,
+            stop=lambda: False,
+        )
+        for program in (small, large)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert small.costs_KO[0, first].sum() > 1.2 * small.costs_KO[0, ::5].sum()  # not the cheapest everywhere
