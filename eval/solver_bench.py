@@ -1,6 +1,7 @@
 """The quadratic solver on drawn and measured programs: loss, bound, gap and seconds; SCIP beside it where asked.
 
     python eval/solver_bench.py [--against-scip] [--large 224,560] [--averages 2.25,2.5,3,3.5,4] [--measured FOLDER]
+                                [--believed] [--spectrum demo|deep] [--seed 0] [--target-gap 0] [--spread]
 
 Drawn programs imitate measured Gram matrices. The error of linear i at option o is a vector
 
@@ -12,31 +13,84 @@ block and carried on to the next. h and c fall with the bits, fitted to the Gram
 between linears have a deviation of 0.1 at 2 bits, 0.034 at 3, 0.02 from 4 on, and a few reach 0.5. Norms squared fall
 4.5 times per bit and are lognormal (sigma 1) between linears. Those cosines are of measured matrices, the chance of
 the probe included: `--believed` solves what `allocate.shrink` makes of them, with the factors found on the demo at
-2,048 probe tokens. Nobody has measured the factors of a model of this size; and all drawn products are shrunk alike,
-while signal may be of another spectrum than chance. Measured programs are `.npz` files with
-sizes, gram, linear, constant, costs and limits. SCIP (`pip install pyscipopt`) gets the same program as a convex
-MIQP in epigraph form, and the same time limit.
+2,048 probe tokens. All drawn products are shrunk alike, while signal may be of another spectrum than chance.
+
+`--spectrum deep` draws the same way with figures of a trained model of 224 linears (`train_second.py --blocks 32`,
+1,024 probe tokens): cosines have a deviation of 0.026 at every width, a little more in a block, norms are lognormal
+with sigma 1.4, and an option of two widths lies on the line between them. Its factors are far smaller than the demo's.
+
+Measured programs are `.npz` files with sizes, gram, linear, constant, costs and limits (`measured_programs.py`). SCIP
+(`pip install pyscipopt`) gets the same program as a convex MIQP in epigraph form, and the same time limit. `--spread`
+tells how the drawn products are spread, in the columns that `measured_programs.py` has for measured ones.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
+from products import print_spread, spread_table
 
 from llmmpq.allocate.quadratic import Program, Solved, solve_program
 from llmmpq.allocate.shrink import believed
 from llmmpq.records import Quadratic, Reliability
 
 BITS = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0, 6.0, 8.0)
-DIMENSIONS = 8192
-SPECTRA = (1.0, 0.5)  # of the directions that low bits share, and of the rest
-# Factors across blocks and within one: means of three measurements of the demo, of 2,048 probe tokens each.
-BELIEVED_BITS = (2.0, 3.0, 4.0, 8.0)
-BELIEVED = ((0.59, 0.44, 0.37, 0.33), (0.945, 0.815, 0.58, 0.33))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What errors are drawn from, and how much of their products is believed; `few`, `block` and so on as above."""
+
+    dimensions: int
+    powers: tuple[float, float]  # of few and of many
+    head: tuple[float, float, float]  # h at 2 bits, how many times less per bit, the least
+    common: tuple[float, float]  # c at 2 bits, how many times less per bit
+    block_share: float  # the largest s; half the linears have none
+    sigma: float
+    norms: tuple[float, ...] = ()  # squared, at BITS; none: 4.5 times less per bit
+    next_cosines: tuple[float, ...] = ()  # of each of BITS to the next; none: drawn for each linear
+    believed_bits: tuple[float, ...]
+    believed: tuple[tuple[float, ...], tuple[float, ...]]  # factors between blocks, and in one
+
+    def norm(self, width: float) -> float:
+        return float(np.exp(np.interp(width, BITS, np.log(self.norms)))) if self.norms else 4.5 ** (2 - width)
+
+    def kept(self, option: int, drawn: float) -> float:
+        return self.next_cosines[option - 1] if self.next_cosines else drawn
+
+
+# Factors: means of three measurements of the demo, of 2,048 probe tokens each; of the deep model, one of 1,024 tokens.
+SPECTRA = {
+    "demo": Spectrum(
+        dimensions=8192,
+        powers=(1.0, 0.5),
+        head=(0.7, 3.2, 0.0),
+        common=(0.05, 4.0),
+        block_share=0.5,
+        sigma=1.0,
+        believed_bits=(2.0, 3.0, 4.0, 8.0),
+        believed=((0.59, 0.44, 0.37, 0.33), (0.945, 0.815, 0.58, 0.33)),
+    ),
+    "deep": Spectrum(
+        dimensions=3072,
+        powers=(0.6, 0.5),
+        head=(0.3, 1.67, 0.16),
+        common=(0.003, 3.0),
+        block_share=0.65,
+        sigma=1.42,
+        norms=(1.0, 0.756, 0.536, 0.360, 0.206, 0.155, 0.1126, 0.0469, 0.0290, 0.0165, 1.65e-4),
+        next_cosines=(0.54, 0.52, 0.46, 0.21, 0.425, 0.415, 0.09, 0.40, 0.46, 0.0),
+        believed_bits=BITS,
+        believed=(
+            (0.29, 0.245, 0.25, 0.225, 0.195, 0.205, 0.15, 0.165, 0.11, 0.055, 0.15),
+            (0.65, 0.615, 0.555, 0.4, 0.36, 0.275, 0.255, 0.2, 0.175, 0.095, 0.255),
+        ),
+    ),
+}
 SHAPES = {
     224: [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
     560: [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)],
@@ -50,12 +104,16 @@ def main() -> None:
     parser.add_argument("--averages", default="2.25,2.5,3,3.5,4")
     parser.add_argument("--believed", action="store_true", help="products of the large programs shrunk")
     parser.add_argument("--measured", type=Path, help="a folder of .npz programs")
-    parser.add_argument("--time-limit", type=float, default=60.0)
+    parser.add_argument("--spectrum", choices=sorted(SPECTRA), default="demo", help="of the large programs")
+    parser.add_argument("--seed", type=int, default=0, help="of the large programs")
+    parser.add_argument("--spread", action="store_true", help="tell how the products of large programs are spread")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="of measured programs and SCIP's")
+    parser.add_argument("--target-gap", type=float, default=0.0, help="of measured programs")
     args = parser.parse_args()
     print(f"{'program':28} {'loss':>13} {'bound':>13} {'gap %':>8} {'status':>10} {'s':>6}")
     if args.measured:
         for path in sorted(args.measured.glob("*.npz")):
-            report(path.stem, load_measured(path), target_gap=0.0, time_limit_s=args.time_limit)
+            report(path.stem, load_measured(path), target_gap=args.target_gap, time_limit_s=args.time_limit)
     if args.against_scip:
         for number in range(20):
             num_units = (24, 35)[number % 2]
@@ -72,9 +130,12 @@ def main() -> None:
             )
     for num_units in (int(text) for text in args.large.split(",") if text):
         for average in (float(text) for text in args.averages.split(",")):
-            program = draw_program(num_units, bits=BITS, average=average, seed=0)
+            spectrum = SPECTRA[args.spectrum]
+            program = draw_program(num_units, bits=BITS, average=average, seed=args.seed, spectrum=spectrum)
+            if args.spread:
+                show_spread(program)
             if args.believed:
-                program = shrink_program(program, bits=BITS)
+                program = shrink_program(program, bits=BITS, spectrum=spectrum)
             limit = 10.0 if num_units <= 224 else 60.0
             report(f"{num_units} x {len(BITS)}, {average} bits", program, target_gap=1e-3, time_limit_s=limit)
 
@@ -91,6 +152,12 @@ def report(name: str, program: Program, *, target_gap: float, time_limit_s: floa
     return solved
 
 
+def show_spread(program: Program) -> None:
+    linear_O = np.repeat(np.arange(len(program.sizes)), program.sizes)
+    block_O, bits_O = linear_O // len(SHAPES[224]), np.tile(BITS, len(program.sizes))
+    print_spread(spread_table(program.gram_OO, linear_O=linear_O, block_O=block_O, bits_O=bits_O))
+
+
 def load_measured(path: Path) -> Program:
     with np.load(path) as arrays:
         return Program(
@@ -103,34 +170,38 @@ def load_measured(path: Path) -> Program:
         )
 
 
-def draw_program(num_units: int, *, bits: tuple[float, ...], average: float, seed: int) -> Program:
+def draw_program(
+    num_units: int, *, bits: tuple[float, ...], average: float, seed: int, spectrum: Spectrum = SPECTRA["demo"]
+) -> Program:
     random = np.random.default_rng(seed)
     shapes = SHAPES[224 if num_units <= 224 else 560]
     weights = [rows * columns for rows, columns in (shapes[unit % len(shapes)] for unit in range(num_units))]
     few, many = (
         np.sqrt(rank / rank.sum()).astype(np.float32)
-        for rank in (np.arange(1.0, DIMENSIONS + 1) ** -power for power in SPECTRA)
+        for rank in (np.arange(1.0, spectrum.dimensions + 1) ** -power for power in spectrum.powers)
     )
 
     def direction(spread: np.ndarray) -> np.ndarray:
-        return random.standard_normal(DIMENSIONS, dtype=np.float32) * spread
+        return random.standard_normal(spectrum.dimensions, dtype=np.float32) * spread
 
     everyone, block = direction(few), direction(few)
-    errors = np.empty((num_units * len(bits), DIMENSIONS), dtype=np.float32)
+    errors = np.empty((num_units * len(bits), spectrum.dimensions), dtype=np.float32)
     for unit in range(num_units):
         if unit % len(shapes) == 0:
             block = 0.6 * block + 0.8 * direction(few)
-        share = 0.5 * random.random() * (random.random() < 0.5)
-        kept, own_few, own_many = random.uniform(0.2, 0.7), direction(few), direction(many)
-        size = np.exp(random.standard_normal()) * np.sqrt(weights[unit] / weights[0])
+        share = spectrum.block_share * random.random() * (random.random() < 0.5)
+        drawn, own_few, own_many = random.uniform(0.2, 0.7), direction(few), direction(many)
+        size = np.exp(spectrum.sigma * random.standard_normal()) * np.sqrt(weights[unit] / weights[0])
         for option, width in enumerate(bits):
             if option:
+                kept = spectrum.kept(option, drawn)
                 own_few = kept * own_few + np.sqrt(1 - kept**2) * direction(few)
                 own_many = kept * own_many + np.sqrt(1 - kept**2) * direction(many)
-            head, common = 0.7 * 3.2 ** (2 - width), 0.05 * 4.0 ** (2 - width)
+            head = max(spectrum.head[2], spectrum.head[0] * spectrum.head[1] ** (2 - width))
+            common = spectrum.common[0] * spectrum.common[1] ** (2 - width)
             mixed = np.sqrt(head) * (np.sqrt(1 - share) * own_few + np.sqrt(share) * block)
             mixed = np.sqrt(1 - common) * (mixed + np.sqrt(1 - head) * own_many) + np.sqrt(common) * everyone
-            errors[unit * len(bits) + option] = mixed * np.sqrt(size * 4.5 ** (2 - width)) / np.linalg.norm(mixed)
+            errors[unit * len(bits) + option] = mixed * np.sqrt(size * spectrum.norm(width)) / np.linalg.norm(mixed)
     gram = (errors @ errors.T).astype(np.float64)
     return Program(
         sizes=(len(bits),) * num_units,
@@ -142,9 +213,9 @@ def draw_program(num_units: int, *, bits: tuple[float, ...], average: float, see
     )
 
 
-def shrink_program(program: Program, *, bits: tuple[float, ...]) -> Program:
+def shrink_program(program: Program, *, bits: tuple[float, ...], spectrum: Spectrum = SPECTRA["demo"]) -> Program:
     num_units = len(program.sizes)
-    across, within = (np.tile(np.interp(bits, BELIEVED_BITS, factors), num_units) for factors in BELIEVED)
+    across, within = (np.tile(np.interp(bits, spectrum.believed_bits, one), num_units) for one in spectrum.believed)
     gram_OO, linear_O = believed(
         Quadratic(
             gram_OO=program.gram_OO,

@@ -84,7 +84,7 @@ def branch(
             node = Node(
                 bound=bound,
                 allowed_N=rows.reshape(-1),
-                point_N=_within(solved.point_BN[index], rows).astype(np.float32),
+                point_N=within(solved.point_BN[index], rows).astype(np.float32),
                 prices_K=solved.prices_BK[index],
             )
             heappush(queue, (bound, count, node))
@@ -122,14 +122,14 @@ def _split(reduced: Reduced, convex: Convex, node: Node) -> list[Node]:
             Node(
                 bound=node.bound,
                 allowed_N=allowed.reshape(-1),
-                point_N=_within(point, allowed),
+                point_N=within(point, allowed),
                 prices_K=node.prices_K,
             )
         )
     return children
 
 
-def _within(point_N: np.ndarray, allowed_UW: np.ndarray) -> np.ndarray:
+def within(point_N: np.ndarray, allowed_UW: np.ndarray) -> np.ndarray:
     """The point without what is not allowed, each unit again adding up to one."""
     grid = np.where(allowed_UW, point_N.reshape(allowed_UW.shape), 0.0)
     heaviest = np.where(allowed_UW, grid, -1.0).argmax(axis=1)

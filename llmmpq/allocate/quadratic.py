@@ -5,7 +5,7 @@
 1. Fold and pad (`program`); refuse what cannot fit.
 2. Choices by annealing and exact moves (`search`); no products between units: HiGHS's MILP, and done (`milp`).
 3. The tightest convex form (`shift`, `tighten`), options that its relaxation (`relax`) proves useless struck out, and
-   both again on what is left, while that is worth it.
+   both again on what is left, while that halves the gap.
 4. Branch and bound until the gap or the time is reached (`branch`).
 
 Every bound is recomputed here from a point and prices, so it holds whatever stops the search: the gap, the clock or
@@ -23,14 +23,13 @@ from time import monotonic
 import numpy as np
 
 from llmmpq.allocate.best import Search
-from llmmpq.allocate.branch import Node, branch
+from llmmpq.allocate.branch import Node, branch, within
 from llmmpq.allocate.milp import solve_linear
 from llmmpq.allocate.program import Part, Program, Solved, narrow
 from llmmpq.allocate.relax import Convex, Relaxed, limit_shares, relax, settle_prices
 from llmmpq.allocate.search import anneal, cheapest_start, mend, polish
 from llmmpq.allocate.shift import centre, live_options, make_convex, make_positive
 from llmmpq.allocate.tighten import (
-    LAST_SWEEPS,
     penalty_of,
     relax_root,
     round_point,
@@ -40,10 +39,12 @@ from llmmpq.errors import InfeasibleBudgetError
 
 __all__ = ["Program", "Solved", "solve_program"]
 
+PLAIN_SWEEPS = 10  # of the first relaxation, which only guides: its bound is far off
 ANNEAL_SEEDS = 4
-ANNEAL_SWEEPS = 40
-# Tighten again while striking out leaves at most this part of the options.
-WORTH_ANOTHER = 0.9
+FIRST_ANNEAL_SWEEPS = 40
+LAST_ANNEAL_SWEEPS = 200
+# Tighten again while the last time left at most this part of the gap; after that, branching closes it faster.
+WORTH_ANOTHER = 0.5
 
 
 def solve_program(
@@ -151,20 +152,12 @@ def _solve_separable(search: Search, part: Part) -> None:
 
 def _solve_coupled(search: Search, part: Part) -> None:
     convex, relaxed = _relax_plainly(search, part)
-    for seed in range(ANNEAL_SEEDS):
-        if search.done() or search.late():
-            return
-        drawn = anneal(
-            part.reduced,
-            picked_U=round_point(part.reduced, relaxed),
-            prices_K=relaxed.prices_BK[0],
-            sweeps=ANNEAL_SWEEPS,
-            seed=seed,
-            stop=search.late,
-        )
-        _offer(search, part, drawn)
+    _anneal(search, part, relaxed, sweeps=FIRST_ANNEAL_SWEEPS)
+    if search.done() or search.late():
+        return
     first = True
     while True:
+        before = search.gap()
         convex, relaxed = tighten(search, part, convex, relaxed, first=first)
         if search.done() or search.late():
             return
@@ -176,17 +169,40 @@ def _solve_coupled(search: Search, part: Part) -> None:
             search.offer(smaller.lift(np.zeros(0, dtype=np.int64)))
             search.raise_bound(search.loss)
             return
-        shrunk = smaller.reduced.allowed_UW.sum() <= WORTH_ANOTHER * part.reduced.allowed_UW.sum()
-        part = smaller
-        convex, relaxed = _relax_plainly(search, part)
-        if not shrunk:
+        begin, part = _carried(part, relaxed, smaller), smaller
+        convex, relaxed = _relax_plainly(search, part, begin=begin)
+        if search.gap() > WORTH_ANOTHER * before:
             break
         first = False
+    _anneal(search, part, relaxed, sweeps=LAST_ANNEAL_SWEEPS)
     _branch(search, part, convex, relaxed)
 
 
-def _relax_plainly(search: Search, part: Part) -> tuple[Convex, Relaxed]:
-    """The relaxation with the blocks at hand."""
+def _anneal(search: Search, part: Part, relaxed: Relaxed, *, sweeps: int) -> None:
+    """From the rounded relaxation at its prices."""
+    for seed in range(ANNEAL_SEEDS):
+        if search.done() or search.late():
+            return
+        drawn = anneal(
+            part.reduced,
+            picked_U=round_point(part.reduced, relaxed),
+            prices_K=relaxed.prices_BK[0],
+            sweeps=sweeps,
+            seed=seed,
+            stop=search.late,
+        )
+        _offer(search, part, drawn)
+
+
+def _carried(part: Part, relaxed: Relaxed, smaller: Part) -> np.ndarray:
+    """The relaxed point on what is left; what weighed on struck options goes to the heaviest of their unit."""
+    weight = np.zeros(int(max(part.slot_N.max(), smaller.slot_N.max())) + 1)
+    weight[part.slot_N] = relaxed.point_BN[0]
+    return within(weight[smaller.slot_N], smaller.reduced.allowed_UW)
+
+
+def _relax_plainly(search: Search, part: Part, *, begin: np.ndarray | None = None) -> tuple[Convex, Relaxed]:
+    """The relaxation with the blocks at hand, from the reference choice or the point `begin`."""
     reduced, begun = part.reduced, monotonic()
     reference = cheapest_start(reduced) if search.picked_U is None else _nearest(part, search.picked_U)
     matrix, change = centre(reduced, reference)
@@ -194,6 +210,8 @@ def _relax_plainly(search: Search, part: Part) -> tuple[Convex, Relaxed]:
     convex = make_convex(reduced, constant=reduced.loss(reference), matrix_NN=matrix, change_N=change)
     point = np.zeros((1, reduced.num_slots))
     point[0, reference] = 1.0
+    if begin is not None:
+        point[0] = begin
     relaxed = relax(
         convex,
         allowed_BN=reduced.allowed_UW.reshape(1, -1),
@@ -202,9 +220,9 @@ def _relax_plainly(search: Search, part: Part) -> tuple[Convex, Relaxed]:
         penalty=0.0,
         sweeps=0,
     )
-    relaxed = relax_root(search, part, convex, relaxed, sweeps=LAST_SWEEPS)
+    relaxed = relax_root(search, part, convex, relaxed, sweeps=PLAIN_SWEEPS)
     search.raise_bound(float(relaxed.bound_B[0]))
-    search.certify_s = monotonic() - begun
+    search.certify_s = max(search.certify_s, monotonic() - begun)
     return convex, relaxed
 
 

@@ -28,6 +28,7 @@ from llmmpq.allocate.program import Reduced
 
 PAIR_STEPS = 2  # moves within a unit before the gradient of the others is renewed
 PRICE_STEPS = 30  # halvings of the bracket of a price
+SETTLED = 1e-7  # a pass that moves no more weight than this, and no price by a larger part, is the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +57,20 @@ def limit_shares(reduced: Reduced) -> np.ndarray:
 def relax(
     convex: Convex, *, allowed_BN: np.ndarray, point_BN: np.ndarray, prices_BK: np.ndarray, penalty: float, sweeps: int
 ) -> Relaxed:
-    """`sweeps` passes over the units from `point_BN`, which must be one of the allowed mixtures."""
+    """At most `sweeps` passes over the units from `point_BN`, which must be one of the allowed mixtures."""
     matrix, shares, width = convex.matrix_NN, convex.shares_KN, convex.width
     point, prices = point_BN.copy(), prices_BK.copy()
     rows = np.arange(len(point))
     gradient = convex.linear_N + 2 * point @ matrix
     excess = point @ shares.T - 1.0
     barred = np.where(allowed_BN, 0.0, np.inf)
+    places = [slice(start, start + width) for start in range(0, convex.num_units * width, width)]
+    curves = [2 * matrix[at, at] + penalty * (shares[:, at].T @ shares[:, at]) for at in places] if sweeps else []
     for _ in range(sweeps):
-        for unit in range(convex.num_units):
-            here = slice(unit * width, (unit + 1) * width)
+        furthest = 0.0
+        for here, curve in zip(places, curves, strict=True):
             mine = point[:, here].copy()
             slope = gradient[:, here] + np.maximum(prices + penalty * excess, 0.0) @ shares[:, here]
-            curve = 2 * matrix[here, here] + penalty * (shares[:, here].T @ shares[:, here])
             for _ in range(PAIR_STEPS):
                 best = (slope + barred[:, here]).argmin(axis=1)
                 worst = np.where(mine > 0, slope, -np.inf).argmax(axis=1)
@@ -84,7 +86,10 @@ def relax(
                 gradient += 2 * (moved @ matrix[here])
                 excess += moved @ shares[:, here].T
                 point[:, here] = mine
-        prices = np.maximum(prices + penalty * excess, 0.0)
+                furthest = max(furthest, float(np.abs(moved).max()))
+        before, prices = prices, np.maximum(prices + penalty * excess, 0.0)
+        if furthest <= SETTLED and (np.abs(prices - before) <= SETTLED * prices).all():
+            break
     return _certify(convex, allowed_BN=allowed_BN, point_BN=point, prices_BK=prices)
 
 

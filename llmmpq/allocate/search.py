@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llmmpq.allocate.program import Reduced
+from llmmpq.allocate.relax import limit_shares
 
 # Pair moves are tried among this many single moves of least priced change; all of them for small problems.
 PAIR_CANDIDATES = 400
@@ -23,16 +24,15 @@ SMALLEST_GAIN = 1e-12
 def anneal(
     reduced: Reduced, *, picked_U: np.ndarray, prices_K: np.ndarray, sweeps: int, seed: int, stop: Callable[[], bool]
 ) -> np.ndarray:
-    """A choice of low loss from `picked_U`; it may miss the limits by a little."""
+    """A choice of low loss from `picked_U`; it may miss the limits by a little. Prices are of whole limits."""
     random = np.random.default_rng(seed)
     width, pair = reduced.width, reduced.pair_NN
-    limits = np.asarray(reduced.limits, dtype=np.float64)
-    costs = reduced.costs_KN.astype(np.float64)
+    shares = limit_shares(reduced)
     barred = np.where(reduced.allowed_UW.reshape(-1), 0.0, np.inf)
     picked, prices = picked_U.copy(), prices_K.copy()
     field = reduced.self_N + 2 * pair[picked].sum(axis=0)
-    used = costs[:, picked].sum(axis=1)
-    priced = prices @ costs + barred
+    used = shares[:, picked].sum(axis=1)
+    priced = prices @ shares + barred
     # Where the loss of the best alternative is about this much above the choice's, both are drawn often.
     hottest = _typical_step(reduced, field + priced)
     for sweep in range(sweeps):
@@ -45,11 +45,10 @@ def anneal(
             best = unit * width + int((field[here] + priced[here] - noise[here]).argmin())
             if best != picked[unit]:
                 field += 2 * (pair[best] - pair[picked[unit]])
-                used += costs[:, best] - costs[:, picked[unit]]
+                used += shares[:, best] - shares[:, picked[unit]]
                 picked[unit] = best
-        if len(limits):
-            prices = prices * np.exp(np.clip(10 * (used / np.maximum(limits, 1.0) - 1), -0.05, 0.05))
-            priced = prices @ costs + barred
+        prices = prices * np.exp(np.clip(10 * (used - 1.0), -0.05, 0.05))
+        priced = prices @ shares + barred
     return picked
 
 

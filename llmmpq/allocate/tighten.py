@@ -14,12 +14,13 @@ from llmmpq.allocate.relax import Convex, Relaxed, relax
 from llmmpq.allocate.search import mend, polish
 from llmmpq.allocate.shift import Shifter, barrier_weights, make_convex, make_positive
 
-FIRST_ROUNDS = 8
-LATER_ROUNDS = 5
+# More of them close less per second than branching does.
+FIRST_ROUNDS = 6
+LATER_ROUNDS = 4
 ROUND_SWEEPS = 10
 LAST_SWEEPS = 40
 FIRST_BARRIER = 0.02  # of the loss of an average unit
-LATER_BARRIER = 0.005  # where the blocks come from an earlier tightening
+LATER_BARRIER = 0.0025  # where the blocks come from an earlier tightening
 BARRIER_FALL = 0.5  # faster, and the steps lose track: 0.35 ended with a third more gap
 # A pass over every option costs the cube of their number; above this many, most passes are over the few that matter.
 ALWAYS_ALL = 700

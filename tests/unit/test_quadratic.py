@@ -1,13 +1,19 @@
 """Edges of the quadratic solver: nothing to choose, nothing to gain, no room, no time, and a hand on the keyboard."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llmmpq.allocate import shift
-from llmmpq.allocate.quadratic import Program, solve_program
+from llmmpq.allocate.program import narrow, reduce_program
+from llmmpq.allocate.quadratic import Program, _carried, solve_program
+from llmmpq.allocate.relax import relax
+from llmmpq.allocate.search import anneal, cheapest_start
+from llmmpq.allocate.shift import make_convex
 from llmmpq.errors import InfeasibleBudgetError
 
 BENCH = Path(__file__).parents[2] / "eval" / "solver_bench.py"
@@ -189,3 +195,50 @@ def test_an_inverse_that_updates_spoilt_is_seen_and_made_anew(monkeypatch):
     assert shifter.sweep(weight_N=weights, barrier=1e-3)
     assert spoilt[0] < 1e-6
     assert shifter._drift(0) < 1e-4
+
+
+def test_the_relaxed_point_goes_on_with_what_is_left():
+    whole = reduce_program(make_program((4, 4, 4)))
+    part = narrow(whole, whole.allowed_UW)
+    allowed = whole.allowed_UW.copy()
+    allowed[0, 1:] = False  # settled
+    allowed[1, 3] = False
+    allowed[2, 0] = False
+    smaller = narrow(whole, allowed)
+    point = np.array([[0.0, 1.0, 0.0, 0.0], [0.1, 0.6, 0.0, 0.3], [1.0, 0.0, 0.0, 0.0]])
+    relaxed = SimpleNamespace(point_BN=point.reshape(1, -1))
+    carried = _carried(part, relaxed, smaller).reshape(smaller.reduced.num_units, -1)
+    np.testing.assert_allclose(carried, [[0.1, 0.9, 0.0], [1.0, 0.0, 0.0]])
+
+
+def test_a_relaxation_that_has_settled_ends_before_its_passes_are_over():
+    reduced = reduce_program(make_program((4,) * 6, gram=random_program(6, 4).gram_OO))
+    convex = make_convex(
+        reduced, constant=0.0, matrix_NN=reduced.pair_NN + 10 * np.eye(reduced.num_slots), change_N=reduced.self_N
+    )
+    point = np.tile([1.0, 0.0, 0.0, 0.0], 6)[None]
+    allowed, prices = reduced.allowed_UW.reshape(1, -1), np.zeros((1, len(reduced.limits)))
+    few, many = (
+        relax(convex, allowed_BN=allowed, point_BN=point, prices_BK=prices, penalty=1.0, sweeps=sweeps)
+        for sweeps in (2000, 10**9)
+    )
+    np.testing.assert_array_equal(few.point_BN, many.point_BN)
+    assert few.bound_B == many.bound_B
+
+
+def test_annealing_takes_prices_of_whole_limits_whatever_the_unit_of_costs():
+    small = random_program(30, 5)
+    large = replace(small, costs_KO=small.costs_KO * 10**6, limits=tuple(10**6 * limit for limit in small.limits))
+    first, second = (
+        anneal(
+            reduced := reduce_program(program),
+            picked_U=cheapest_start(reduced),
+            prices_K=np.array([reduced.loss(cheapest_start(reduced))]),
+            sweeps=20,
+            seed=0,
+            stop=lambda: False,
+        )
+        for program in (small, large)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert small.costs_KO[0, first].sum() > 1.2 * small.costs_KO[0, ::5].sum()  # not the cheapest everywhere
