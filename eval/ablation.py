@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--methods", default="uniform,additive,iqp,refined")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--probe-tokens", type=int, default=2048)
+    parser.add_argument("--widths", default="2,3,4,8", help="fewer of them, and no profiles, for `pairs` on a CPU")
+    parser.add_argument("--layer-only", action="store_true", help="no group profiles among the options")
     parser.add_argument("--text", help="a text file; without it the packaged held-out text")
     parser.add_argument("--max-windows", type=int, default=48, help="of 512 tokens, to judge on")
     parser.add_argument("--not-sequential", action="store_true", help="quantize as measured: no error correction")
@@ -84,6 +86,8 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
                     "calibration.seed": seed,
                     "measurement.tokens": args.probe_tokens,
                     "quantizer.group_size": args.group_size,
+                    "allocation.widths": [int(width) for width in args.widths.split(",")],
+                    "allocation.layer_only": args.layer_only,
                     "quantizer.sequential": not args.not_sequential,
                     **METHODS[method],
                 }
