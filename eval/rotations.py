@@ -12,7 +12,7 @@ what it was; that its log-probabilities do (to 1e-4) is checked. For Llama and m
     sequency    a Hadamard matrix for each group of 64 channels, its rows in the order of their sign changes
     learned     begins as `random`, then makes the mean fourth power of all rotated weights smaller
 
-With `--values` the values are rotated too, head by head, and the rows of the output layer with them. Quantized by the
+With `--values` the values are rotated too, head by head, and what the output layer reads with them. Quantized by the
 recipe `demo`: first every matrix at the same width, then at averages of true bits, where the groups of a matrix may
 differ, since what is flat has less for them to tell apart.
 """
@@ -154,6 +154,8 @@ def _rotate_values(model: Any) -> None:
 def _rotation(kind: str, model: Any, generator: torch.Generator) -> torch.Tensor:
     size = model.config.hidden_size
     if kind == "sequency":
+        if size % GROUP:
+            raise SystemExit(f"{size} channels are not made of whole groups of {GROUP}")
         return torch.block_diag(*[_by_sequency(_hadamard(GROUP))] * (size // GROUP))
     signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
     begin = signs[:, None] * _hadamard(size)

@@ -16,11 +16,11 @@ the probe included: `--believed` solves what `allocate.shrink` makes of them, wi
 2,048 probe tokens. All drawn products are shrunk alike, while signal may be of another spectrum than chance.
 
 `--spectrum deep` draws the same way with figures of a trained model of 224 linears (`train_second.py --blocks 32`,
-1,024 probe tokens): cosines have a deviation of 0.026 at every width, a little more in a block, norms are lognormal
+1,024 probe tokens): cosines have a deviation of 0.026 at every width, up to twice that in a block, norms are lognormal
 with sigma 1.4, and an option of two widths lies on the line between them. Its factors are far smaller than the demo's.
 
 Measured programs are `.npz` files with sizes, gram, linear, constant, costs and limits (`measured_programs.py`). SCIP
-(`pip install pyscipopt`) gets the same program as a convex MIQP in epigraph form, and the same time limit. `--spread`
+(`pip install pyscipopt`) gets the same program as a convex MIQP in epigraph form, and five times the limit. `--spread`
 tells how the drawn products are spread, in the columns that `measured_programs.py` has for measured ones.
 """
 

@@ -180,8 +180,12 @@ def _moment_of(block: Block, spec: LinearSpec, landing: Landing | None, *, corre
         for inputs, errors in errors_where_it_lands(block, spec, landing):
             moment.add(inputs, errors)
         return moment
-    for inputs, original_inputs in block.inputs_of(spec):
-        moment.add(inputs, None if original_inputs is None else original_inputs.float() - inputs.float())
+    for inputs, originals in block.inputs_of(spec):
+        change: torch.Tensor | None = None
+        # A layer that sees only some tokens may see others in the original model: which belong together is not known.
+        if originals is not None and originals.shape == inputs.shape:
+            change = originals.float() - inputs.float()
+        moment.add(inputs, change)
     return moment
 
 
@@ -217,6 +221,8 @@ def _note(
         note["fallback"] = "the second moment of the inputs could not be factored: rounded to nearest instead"
     if moment.num_excluded:
         note["excluded_tokens"] = moment.num_excluded
+    if moment.num_without_errors:
+        note["uncorrected_tokens"] = moment.num_without_errors
     return note
 
 
@@ -227,6 +233,11 @@ def fallbacks(notes: Sequence[tuple[str, dict[str, object]]]) -> list[str]:
         f"{name}: {note['excluded_tokens']} tokens with NaN or inf left out"
         for name, note in notes
         if "excluded_tokens" in note
+    ]
+    sentences += [
+        f"{name}: {note['uncorrected_tokens']} tokens not corrected for: the original model sends others here"
+        for name, note in notes
+        if "uncorrected_tokens" in note
     ]
     sentences += [f"{name}: not tuned: {note['untuned']}" for name, note in notes if "untuned" in note]
     return sentences

@@ -6,7 +6,7 @@
 2. Choices by annealing and exact moves (`search`); no products between units: HiGHS's MILP, and done (`milp`).
 3. The tightest convex form (`shift`, `tighten`), options that its relaxation (`relax`) proves useless struck out, and
    both again on what is left, while that halves the gap.
-4. Branch and bound until the gap or the time is reached (`branch`).
+4. Annealing on what is left, then branch and bound until the gap or the time is reached (`branch`).
 
 Every bound is recomputed here from a point and prices, so it holds whatever stops the search: the gap, the clock or
 the keyboard. An interrupt before the first relaxation leaves no bound: the gap is then infinite. The clock is looked at
@@ -39,7 +39,7 @@ from llmmpq.errors import InfeasibleBudgetError
 
 __all__ = ["Program", "Solved", "solve_program"]
 
-PLAIN_SWEEPS = 10  # of the first relaxation, which only guides: its bound is far off
+PLAIN_SWEEPS = 10  # of a relaxation with the blocks at hand; more of them raise its bound hardly further
 ANNEAL_SEEDS = 4
 FIRST_ANNEAL_SWEEPS = 40
 LAST_ANNEAL_SWEEPS = 200

@@ -36,12 +36,13 @@ class Moment:
         self.cross_bands = [zeros(rows, num_features) for _, rows in _bands(num_errors)]
         self.num_rows = 0
         self.num_excluded = 0
+        self.num_without_errors = 0
 
     def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
         rows_TK = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         errors_TE = None
         if self.cross_bands and errors is not None:
-            errors_TE = errors.detach().reshape(len(rows_TK), -1).float()
+            errors_TE = errors.detach().reshape(len(rows_TK), self.num_errors).float()
         if not _all_finite(rows_TK) or (errors_TE is not None and not _all_finite(errors_TE)):
             finite = torch.isfinite(rows_TK).all(dim=1)
             if errors_TE is not None:
@@ -54,6 +55,8 @@ class Moment:
         if errors_TE is not None:
             for band, (start, rows) in zip(self.cross_bands, _bands(self.num_errors), strict=True):
                 band.add_(errors_TE[:, start : start + rows].t() @ rows_TK)
+        elif self.cross_bands:
+            self.num_without_errors += len(rows_TK)
         self.num_rows += len(rows_TK)
 
     def means(self, where: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -82,8 +85,8 @@ class Moment:
     def _sum_over_ranks(self) -> None:
         for band in (*self.bands, *self.cross_bands):
             self.ranks.sum_(band)
-        num_rows, num_excluded = self.ranks.sum_numbers(self.num_rows, self.num_excluded)
-        self.num_rows, self.num_excluded = int(num_rows), int(num_excluded)
+        numbers = self.ranks.sum_numbers(self.num_rows, self.num_excluded, self.num_without_errors)
+        self.num_rows, self.num_excluded, self.num_without_errors = map(int, numbers)
 
 
 def _bands(num_rows: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ the output of the block. A linear in front of a norm, of an activation or of a p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,11 +58,14 @@ def errors_where_it_lands(
 
 @torch.no_grad()
 def _find(block: Block, spec: LinearSpec) -> Landing | None:
-    # A NaN in a window may spread over all of it, also where attention masks it.
-    state = next((state.to(block.device) for state in block.states if bool(torch.isfinite(state).all())), None)
-    if state is None or block.is_head:
+    if block.is_head:
         return None
-    outputs, before = _places_behind(block, spec, state, change=None)
+    outputs: list[torch.Tensor] = []
+    for waiting in block.states:
+        # A NaN in a window may spread over all of it, also where attention masks it.
+        if not outputs and bool(torch.isfinite(waiting).all()):
+            state = waiting.to(block.device)
+            outputs, before = _places_behind(block, spec, state, change=None)
     if len(outputs) != 1 or outputs[0].numel() != state.numel():
         return None
     size = max(float(outputs[0].float().std()), SHARE_OF_STATE * float(state.float().std()))
@@ -81,21 +85,27 @@ def _factor(moved: torch.Tensor, change: torch.Tensor) -> float | None:
     moved, change = moved.double().flatten(), change.double().flatten()
     factor = float(moved @ change) / max(float(change @ change), 1e-300)
     rest = float((moved - factor * change).norm())
-    return factor if rest < TOLERANCE * abs(factor) * float(change.norm()) else None
+    # Three digits: what is behind them is rounding, and differs with the window that was looked at.
+    return float(f"{factor:.3g}") if rest < TOLERANCE * abs(factor) * float(change.norm()) else None
 
 
 def _places_behind(
     block: Block, spec: LinearSpec, state: torch.Tensor, *, change: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], Places]:
-    """The linear's outputs, and what then enters the modules of the block in the order of the calls, and leaves it."""
+    """The linear's outputs, and what then enters the modules of the block in the order of the calls, and leaves it.
+
+    Modules that are called more than once are no places: which of the calls is meant could not be told later.
+    """
     outputs: list[torch.Tensor] = []
     seen: Places = {}
+    calls: Counter[str | None] = Counter()
 
     def begin(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor | None:
         outputs.append(output.clone())
         return None if change is None else output + change
 
     def keep(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] += 1
         entering = _first_tensor(args, kwargs)
         if outputs and entering is not None and entering.numel() == state.numel():
             seen[name] = entering.clone()
@@ -109,7 +119,7 @@ def _places_behind(
     finally:
         for handle in handles:
             handle.remove()
-    return outputs, seen
+    return outputs, {where: tensor for where, tensor in seen.items() if calls[where] <= 1}
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -130,7 +140,7 @@ def _run_to(
             carried.append(entering)
         raise EnoughSeenError
 
-    handles = [block.linear(spec).register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))]
+    handles = [block.linear(spec).register_forward_pre_hook(lambda _module, args: inputs.append(args[0].clone()))]
     if landing.module is not None:
         handles.append(block.module.get_submodule(landing.module).register_forward_pre_hook(stop, with_kwargs=True))
     try:

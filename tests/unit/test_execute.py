@@ -1,5 +1,7 @@
 """Plans carried out: resumed blocks change no bit, each setting does what it says, and fallbacks are named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from llmmpq.measure.output_metric import mixed_metric
 from llmmpq.model.stream import BlockStream
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
+from llmmpq.quantizing import execute_settings
+from llmmpq.recipe import Recipe
 from llmmpq.records import PackedTensor, Plan, PlannedLinear, Scheme
 from llmmpq.tuning import tune_block
 from llmmpq.workdir import WorkDir
@@ -296,6 +300,27 @@ def test_what_a_layer_corrects_is_noted(in_one_go):
                 spec.rpartition(".")[2]: note["corrects"] for spec, note in result.notes.items() if "corrects" in note
             }
             assert found == expected
+
+
+def test_tokens_that_only_one_model_sends_to_a_layer_are_not_corrected_for_and_it_is_said(opened):
+    settings = settings_of()
+    blocks = iter(stream_of(opened(), settings))
+    block = next(blocks)
+    first = block.linears[0]
+    pairs = list(block.inputs_of(first))
+    block.inputs_of = lambda _spec: iter([(pairs[0][0], pairs[0][1][:, :5]), *pairs[1:]])
+    block.input_groups = lambda: [[first]]
+    notes = quantize_block(block, plan_of(opened()[0]), settings, on_linear=lambda _spec: None).notes
+    assert notes[first.name]["uncorrected_tokens"] == pairs[0][0].shape[:2].numel()
+    assert any("64 tokens not corrected for" in sentence for sentence in fallbacks(list(notes.items())))
+    blocks.close()
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("stream", True), ("layer", False)])
+def test_the_recipe_says_what_is_corrected(choice, expected):
+    session = SimpleNamespace(recipe=Recipe().override({"quantizer.correction_of": choice}))
+    assert execute_settings(session).correct_stream is expected
+    assert execute_settings(session).corrects_stream is expected
 
 
 def test_the_same_run_twice_is_the_same(opened):

@@ -130,3 +130,28 @@ def test_adding_does_not_change_or_hold_the_inputs():
     moment.add(inputs, torch.ones_like(inputs))
     assert torch.equal(inputs, before)
     assert not any(band.requires_grad for band in moment.bands)
+
+
+def test_a_batch_without_tokens_adds_nothing():
+    moment = Moment(3, device=CPU, num_errors=2)
+    moment.add(torch.zeros(0, 3), torch.zeros(0, 2))
+    moment.add(randn(4, 3), randn(4, 2, seed=1))
+    mean, cross = moment.means("here")
+    torch.testing.assert_close(mean, direct(randn(4, 3)))
+    torch.testing.assert_close(cross, direct(randn(4, 3), randn(4, 2, seed=1)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 6), (2, 2)])
+def test_errors_of_another_shape_are_refused(shape):
+    with pytest.raises(RuntimeError):
+        Moment(3, device=CPU, num_errors=3).add(randn(1, 3), randn(*shape))
+
+
+def test_tokens_without_errors_are_counted():
+    moment = Moment(3, device=CPU, num_errors=3)
+    moment.add(randn(4, 3), randn(4, 3, seed=1))
+    moment.add(randn(2, 3), None)
+    assert (moment.num_rows, moment.num_without_errors) == (6, 2)
+    alone = Moment(3, device=CPU)
+    alone.add(randn(2, 3))
+    assert alone.num_without_errors == 0
