@@ -34,7 +34,7 @@ fix: install
 	$(BIN)/ruff check --fix
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # setuptools never deletes from build/, and stale files there would enter the wheel.
 wheel: install
