@@ -59,7 +59,7 @@ def test_no_choice_within_the_budget_is_better(data, problem):
     solution = solve(problem, budget, time_limit_s=10.0)
     best = brute_force(problem, budget)
     assert solution.loss <= best * (1 + 1e-9) + 1e-12
-    assert solution.gap <= 1e-6
+    assert solution.gap <= 1.01e-6  # HiGHS's bound may stay a millionth below, and rounding adds to that
 
 
 @quick
