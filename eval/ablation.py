@@ -13,13 +13,13 @@ come, and runs found in it are not made again.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
 from quantizer_table import Judge
+from rows import append_row, read_rows
 from windows import spread
 
 from llmmpq import pipeline
@@ -57,14 +57,14 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     for model in args.models.split(","):
-        judge = _judge(model, args.text, args.max_windows)
+        judge = judge_on(model, args.text, args.max_windows)
         for seed in map(int, args.seeds.split(",")):
             with tempfile.TemporaryDirectory() as work:
                 _one_seed(args, model, seed, judge, Path(work))
-    _summary(_rows(args.csv))
+    _summary(read_rows(args.csv))
 
 
-def _judge(model: str, text: str | None, max_windows: int) -> Judge:
+def judge_on(model: str, text: str | None, max_windows: int) -> Judge:
     folder, original = pipeline.load_model(model)
     content = packaged_text("heldout.txt") if text is None else read_text(text)
     return Judge(original, spread(evaluation_windows(load_tokenizer(folder), content, 512), max_windows))
@@ -76,7 +76,7 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
     for budget in map(float, args.budgets.split(",")):
         for method in args.methods.split(","):
             key = (model, str(seed), str(budget), method)
-            if any((row["model"], row["seed"], row["budget"], row["method"]) == key for row in _rows(args.csv)):
+            if any((row["model"], row["seed"], row["budget"], row["method"]) == key for row in read_rows(args.csv)):
                 continue
             recipe = load_recipe("demo").override(
                 {
@@ -102,24 +102,8 @@ def _one_seed(args: argparse.Namespace, model: str, seed: int, judge: Judge, wor
                 judged[schemes] = judge(pipeline.load_model(str(out))[1])
             extra, kl = judged[schemes]
             row = (*key, plan.bits_per_weight, plan.predicted_loss, plan.measured_kl, extra, kl)
-            _append(args.csv, dict(zip(FIELDS, row, strict=True)))
+            append_row(args.csv, dict(zip(FIELDS, row, strict=True)))
             print(f"{model} seed {seed} {budget:5.2f} {method:14s} NLL {extra:+.4f} KL {kl:.4f}", flush=True)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _append(path: Path, row: dict[str, object]) -> None:
-    is_new = not path.is_file()
-    with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _summary(rows: list[dict[str, str]]) -> None:

@@ -18,7 +18,6 @@ it are not made again.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import subprocess
@@ -32,8 +31,9 @@ from typing import Any
 import numpy as np
 import transformers
 import yaml
-from ablation import _judge
+from ablation import judge_on
 from quantizer_table import Judge
+from rows import append_row, read_rows
 
 from llmmpq import pipeline
 from llmmpq.output import read_plan
@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     for model in args.models.split(","):
-        judge = _judge(model, args.text, args.max_windows)
+        judge = judge_on(model, args.text, args.max_windows)
         for seed in map(int, args.seeds.split(",")):
             recipe = load_recipe("demo").override(
                 {
@@ -95,7 +95,7 @@ def main() -> None:
                 if fnmatchcase(name, args.variants) and not no_effect:
                     with tempfile.TemporaryDirectory() as work:
                         _budgets(args, (model, str(seed), name), recipe.to_dict(), judge, Path(work))
-    rows = _rows(args.csv)
+    rows = read_rows(args.csv)
     _summary(rows)
     if args.widths:
         _interpolated(rows, [float(budget) for budget in args.budgets.split(",")])
@@ -105,7 +105,7 @@ def _budgets(
     args: argparse.Namespace, key: tuple[str, str, str], recipe: dict[str, Any], judge: Judge, work: Path
 ) -> None:
     model, seed, name = key
-    known = {(row["model"], row["seed"], row["variant"], row["budget"]) for row in _rows(args.csv)}
+    known = {(row["model"], row["seed"], row["variant"], row["budget"]) for row in read_rows(args.csv)}
     measured = True
     for budget in (args.widths or args.budgets).split(","):
         if (*key, budget) in known:
@@ -139,25 +139,9 @@ def _budgets(
         extra, kl = judge(loaded)
         peak = usage.ru_maxrss / 1000
         row = (model, seed, budget, name, bits, extra, kl, round(seconds, 1), measured, round(peak))
-        _append(args.csv, dict(zip(FIELDS, row, strict=True)))
+        append_row(args.csv, dict(zip(FIELDS, row, strict=True)))
         print(f"{model} seed {seed} {budget:>5s} {name:28s} {bits:.3f} bits  NLL {extra:+.4f} KL {kl:.4f}", flush=True)
         measured = False
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _append(path: Path, row: dict[str, object]) -> None:
-    is_new = not path.is_file()
-    with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _summary(rows: list[dict[str, str]]) -> None:

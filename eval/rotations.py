@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from ablation import _judge
+from ablation import judge_on
+from rows import append_row
 from torch import nn
 
 from llmmpq import pipeline
@@ -60,7 +60,7 @@ def main() -> None:
     budgets: list[dict[str, Any]] = [{"budget.bits": int(bits)} for bits in args.bits.split(",") if bits]
     budgets += [{"budget.avg_bits": float(bits)} for bits in args.averages.split(",") if bits]
     for model in args.models.split(","):
-        judge = _judge(model, args.text, args.max_windows)
+        judge = judge_on(model, args.text, args.max_windows)
         for seed in map(int, args.seeds.split(",")):
             for kind in args.kinds.split(","):
                 with tempfile.TemporaryDirectory() as work:
@@ -69,7 +69,9 @@ def main() -> None:
                     for budget in budgets:
                         bits, extra, kl = _quantized(folder, budget, judge, seed=seed, work=Path(work))
                         label = "{}={}".format(*next(iter(budget.items())))
-                        _append(args.csv, dict(zip(FIELDS, (model, seed, name, label, bits, extra, kl), strict=True)))
+                        append_row(
+                            args.csv, dict(zip(FIELDS, (model, seed, name, label, bits, extra, kl), strict=True))
+                        )
                         print(f"{model} seed {seed} {name:18s} {label:20s} NLL {extra:+.4f} KL {kl:.4f}", flush=True)
 
 
@@ -193,15 +195,6 @@ def _learned(begin: torch.Tensor, model: Any) -> torch.Tensor:
     rotation = (basis * triangle.diagonal().sign()).float()
     print(f"mean fourth power of the weights {before:.3f}, learned {float((rows @ rotation).pow(4).mean()):.3f}")
     return rotation
-
-
-def _append(path: Path, row: dict[str, object]) -> None:
-    is_new = not path.is_file()
-    with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

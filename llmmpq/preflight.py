@@ -40,7 +40,7 @@ from llmmpq.workdir import DEFAULT_WORK_FOLDER
 
 BASE_RAM_NBYTES = 450 << 20  # python, torch and transformers, imported
 PROBE_SIZE = {"cpu": 768, "cuda": 4096}  # 4096: keeps a large GPU busy, and takes 0.2 GB of its memory
-COPIES_OF_MOMENT = 4  # moment, cross moment, damped copy, factor
+COPIES_OF_MOMENT = 4  # moment, cross moment (smaller where outputs land in a stream), damped copy, factor
 # Of each weight of the block, measured: codes, what they were rounded from, latent, the two means of Adam, weight,
 # gradients, and what Adam makes of one matrix on the way.
 TUNING_NBYTES_PER_WEIGHT = 35
