@@ -170,6 +170,16 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
         ("quantizer.correction",),
         _option(float, "--correction", panel=QUANTIZER, text="How much of the incoming error to repair, 0 to 1."),
     ),
+    "rotate": (
+        ("quantizer.rotate",),
+        _option(
+            bool,
+            "--rotate/--no-rotate",
+            panel=QUANTIZER,
+            text="Turn the residual stream first, which changes no prediction and makes weights easier to quantize. A "
+            "shared output head gets weights of its own.",
+        ),
+    ),
     "tune": (
         ("quantizer.tune",),
         _option(int, "--tune", panel=QUANTIZER, metavar="<steps>", text="Steps of tuning each quantized block (0)."),

@@ -14,6 +14,7 @@ from llmmpq.digest import cached_digests, digest_of
 from llmmpq.errors import CheckpointError
 from llmmpq.model.tokens import SELF_SOURCE, TokenWindows
 from llmmpq.progress import Progress
+from llmmpq.rotating import Rotation, rotate
 from llmmpq.selfmade import write_windows
 from llmmpq.session import Session, Tokens
 from llmmpq.workdir import DEFAULT_WORK_FOLDER, WorkDir
@@ -28,7 +29,14 @@ class Job:
     model_digests: Mapping[str, str]
     tokens: Tokens
     progress: Progress
+    rotation: Rotation | None = None  # the session reads weights rotated by it
     done: set[tuple[str, int]] = field(default_factory=set)  # stages and blocks quantized by this very run
+
+    @property
+    def weights_digests(self) -> dict[str, str]:
+        """What decides the weights that the session reads."""
+        rotated = {} if self.rotation is None else {"rotation": self.rotation.digest}
+        return {**self.model_digests, **rotated}
 
     def provenance(self) -> dict[str, Any]:
         session, calibration, probe = self.session, self.tokens.calibration, self.tokens.probe
@@ -44,6 +52,7 @@ class Job:
                 "digest": calibration.digest,
             },
             "probe": {"num_tokens": probe.num_tokens, "digest": probe.digest},
+            **({} if self.rotation is None else {"rotation": self.rotation.digest}),
             "numerics": session.numerics(),
         }
 
@@ -63,12 +72,17 @@ def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Pr
         for note in tokens.notes:
             progress.note(note)
         recipe = session.recipe.override({"calibration.source": tokens.calibration.source}, source="resolved recipe")
+        session = dataclasses.replace(session, recipe=recipe)
+        rotation = None
+        if recipe.quantizer.rotate:
+            rotation = rotate(session, work, model_digests, tokens.calibration.ids, progress)
         yield Job(
-            session=dataclasses.replace(session, recipe=recipe),
+            session=session if rotation is None else rotation.session,
             work=work,
             model_digests=model_digests,
             tokens=tokens,
             progress=progress,
+            rotation=rotation,
         )
 
 

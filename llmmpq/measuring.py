@@ -327,7 +327,7 @@ def _levels(linears: Sequence[LinearSpec], options: Options, base: tuple[int, ..
 def _inputs(job: Job) -> dict[str, Any]:
     recipe = job.session.recipe.to_dict()
     return {
-        "model": job.model_digests,
+        "model": job.weights_digests,
         "calibration tokens": job.tokens.calibration.digest,
         "measurement settings": {key: value for key, value in recipe["measurement"].items() if key != "memory"},
         "quantizer settings": {

@@ -64,7 +64,7 @@ def _num_windows(session: Session, num_windows: int) -> int:
 
 def _inputs(job: Job) -> dict[str, Any]:
     return {
-        "model": job.model_digests,
+        "model": job.weights_digests,
         "calibration tokens": job.tokens.calibration.digest,
         "metric settings": {
             "tokens": TOKENS,

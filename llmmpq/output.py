@@ -49,6 +49,7 @@ class OutputSpec:
     recipe_yaml: str
     report: Mapping[str, Any]
     max_shard_nbytes: int
+    untied: bool  # weights that the source shares are stored apart
     read_packed: ReadPacked = field(repr=False)
 
     @property
@@ -160,6 +161,8 @@ def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]
         for path in companion_files(spec.source):
             digests[path.name] = write_bytes(unfinished / path.name, path.read_bytes())
         config = json.loads((spec.source / "config.json").read_text(encoding="utf-8"))
+        if spec.untied:
+            config["tie_word_embeddings"] = False
         config["quantization_config"] = LlmmpqConfig(
             {name: linear.scheme for name, linear in spec.plan.linears.items()}
         ).to_dict()

@@ -280,6 +280,7 @@ def _write(
         recipe_yaml=recipe_yaml,
         report=report,
         max_shard_nbytes=session.recipe.output.max_shard_nbytes,
+        untied=session.recipe.quantizer.rotate,
         read_packed=read_packed,
     )
     with progress.task("write", spec.tensor_nbytes, "bytes") as advance:
@@ -309,6 +310,7 @@ def _report(job: Job, plan: Plan, notes: list[tuple[str, dict[str, Any]]]) -> di
         "bits_per_weight": plan.bits_per_weight,
         "source_nbytes": session.checkpoint.nbytes,
         "sensitivity": None if sensitivity is None else sensitivity.summary(),
+        **({} if job.rotation is None else {"rotation": dict(job.rotation.summary)}),
     }
 
 

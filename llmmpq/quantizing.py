@@ -30,7 +30,7 @@ DEVICE_SHARE = 0.5
 def quantize_stage(job: Job, plan: Plan) -> Stage:
     """Where the plan's quantized blocks lie."""
     inputs = {
-        "model": job.model_digests,
+        "model": job.weights_digests,
         "calibration tokens": job.tokens.calibration.digest,
         "plan": {name: linear.scheme.to_json() for name, linear in plan.linears.items()},
         "quantizer settings": job.session.recipe.to_dict()["quantizer"],

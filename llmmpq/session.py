@@ -15,7 +15,7 @@ from llmmpq import __version__
 from llmmpq.allocate.problem import match_pins
 from llmmpq.errors import CheckpointError, RecipeError
 from llmmpq.model.checkpoint import TORCH_DTYPES, Checkpoint
-from llmmpq.model.skeleton import Skeleton, build_skeleton
+from llmmpq.model.skeleton import Skeleton, build_skeleton, untied
 from llmmpq.model.source import companion_files, is_hub_name, resolve_model
 from llmmpq.model.tokens import TokenWindows, advise_num_tokens, load_tokens, split_windows
 from llmmpq.ranks import ALONE, Ranks
@@ -158,7 +158,10 @@ def open_session(recipe: Recipe, *, ranks: Ranks = ALONE) -> Session:
     folder = resolve_model(recipe.model, revision=recipe.revision)
     checkpoint = Checkpoint.open(folder)
     with_head = recipe.allocation.head_bits is not None
-    skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep, with_head=with_head)
+    rotate = recipe.quantizer.rotate  # the gain of the last norm goes into the head, and not into the embedding
+    if rotate:
+        checkpoint = untied(folder, checkpoint)
+    skeleton = build_skeleton(folder, checkpoint, keep=recipe.output.keep, with_head=with_head, untie=rotate)
     device = pick_device(recipe.run.device, ranks=ranks)
     dtype = _pick_dtype(recipe.run.dtype, device, skeleton)
     # With several processes each has a device of its own: none of them is the run's.

@@ -44,7 +44,7 @@ STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor of a checkpoint lies."""
+    """Where one tensor of a checkpoint lies, and its name there."""
 
     name: str
     file: str
@@ -85,7 +85,12 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
+        """Of what is stored: a tensor with two names counts once."""
+        return sum(entry.nbytes for entry in set(self.entries.values()))
+
+    def with_aliases(self, stored: Mapping[str, str]) -> Checkpoint:
+        """The same files, with further names for some of their tensors."""
+        return Checkpoint(self.folder, {**self.entries, **{name: self.entries[of] for name, of in stored.items()}})
 
     def read(
         self, names: Iterable[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -98,10 +103,10 @@ class Checkpoint:
         for file, file_names in by_file.items():
             with _opened(self.folder / file) as shard:
                 for name in file_names:
-                    stored = shard.get_tensor(name)
+                    stored = shard.get_tensor(self.entries[name].name)
                     target = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
                     tensor = stored.to(device=device, dtype=target, copy=True)
-                    if tensor.is_floating_point() and not _is_finite(tensor):
+                    if tensor.is_floating_point() and not is_finite(tensor):
                         self._check_finite(name, stored)
                         raise CheckpointError(
                             f"tensor {name!r} reaches {float(stored.abs().max()):.3g}, more than {target} holds: use "
@@ -115,10 +120,10 @@ class Checkpoint:
         entry = self.entries[name]
         with _opened(self.folder / entry.file) as shard:
             if not entry.shape or entry.nbytes <= COPY_CHUNK_NBYTES:
-                chunks: Iterable[torch.Tensor] = [shard.get_tensor(name)]
+                chunks: Iterable[torch.Tensor] = [shard.get_tensor(entry.name)]
             else:
                 rows = max(1, COPY_CHUNK_NBYTES * entry.shape[0] // entry.nbytes)
-                view = shard.get_slice(name)
+                view = shard.get_slice(entry.name)
                 chunks = (view[start : start + rows] for start in range(0, entry.shape[0], rows))
             for chunk in chunks:
                 if chunk.is_floating_point():
@@ -131,7 +136,7 @@ class Checkpoint:
                 pass
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             num_bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"tensor {name!r} in {self.folder / self.entries[name].file} holds {num_bad} NaN or infinite "
@@ -139,7 +144,7 @@ class Checkpoint:
             )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     # The sum is a cheap witness: any NaN or inf makes it non-finite. Only then is every element looked at.
     total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
     return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())

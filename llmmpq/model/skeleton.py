@@ -82,9 +82,10 @@ class Skeleton:
 
 
 def build_skeleton(
-    folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] = (), with_head: bool = False
+    folder: Path, checkpoint: Checkpoint, *, keep: Sequence[str] = (), with_head: bool = False, untie: bool = False
 ) -> Skeleton:
-    model = _meta_model(folder)
+    """With `untie`, weights that the model shares become tensors of their own; see `untied`."""
+    model = _meta_model(folder, untie=untie)
     block_names = _find_blocks(model)
     stored_names, ignored = _match_names(model, checkpoint)
     _refuse_unsupported(model, block_names)
@@ -100,6 +101,15 @@ def build_skeleton(
         stored_names=stored_names,
         ignored=ignored,
     )
+
+
+def untied(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what is stored once for several weights of the model under all their names."""
+    model = _meta_model(folder)
+    stored_names, _ = _match_names(model, checkpoint)
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    names = {**{name: name for name in tied}, **stored_names}
+    return checkpoint.with_aliases({names[name]: names[source] for name, source in tied.items()})
 
 
 def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int, tuple[int, int]]]:
@@ -120,7 +130,7 @@ def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int,
     return found
 
 
-def _meta_model(folder: Path, *, quantized: bool = False) -> PreTrainedModel:
+def _meta_model(folder: Path, *, quantized: bool = False, untie: bool = False) -> PreTrainedModel:
     # transformers answers a damaged config with any kind of exception: whatever it is, the config is at fault.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -133,6 +143,8 @@ def _meta_model(folder: Path, *, quantized: bool = False) -> PreTrainedModel:
     if quantization is not None and not quantized:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(f"{folder} is already quantized ({method}): start from its 16-bit original")
+    if untie:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
@@ -140,6 +152,11 @@ def _meta_model(folder: Path, *, quantized: bool = False) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{folder / 'config.json'} gives no causal language model: {_first_line(error)}"
         ) from None
+    if untie and getattr(model, "all_tied_weights_keys", {}):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shares {next(iter(model.all_tied_weights_keys))} with another weight whatever its "
+            "config says: leave out --rotate, which needs them apart"
+        )
     model.eval()
     _fill_computed_buffers(model)
     return model
