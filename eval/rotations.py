@@ -1,20 +1,19 @@
 """Rotations folded into the weights before quantizing: extra NLL and KL of each kind, with and without group bits.
 
-    python eval/rotations.py [--models demo,/tmp/second] [--kinds none,random,sequency,learned] [--values] [--bits 2,3]
-                             [--averages 2.5] [--seeds 0] [--text FILE] [--csv OUT]
+    python eval/rotations.py [--models demo,/tmp/second] [--kinds none,folded,random,sequency,learned] [--values]
+                             [--bits 2,3] [--averages 2.5] [--seeds 0] [--text FILE] [--csv OUT]
 
-The gains of the norms are folded into the linears behind them, the head gets a matrix of its own, and the residual
-stream is multiplied by an orthogonal matrix R: readers W become W R, writers R'W. In exact arithmetic the model stays
-what it was; that its log-probabilities do (to 1e-4) is checked. For Llama and models laid out like it.
+    none        the model as it is
+    folded      the gains of the norms folded into the linears behind them, the head a matrix of its own
+    random      folded, and the stream turned by a Hadamard matrix, the signs of the channels drawn
+    sequency    by a Hadamard matrix for each group of 64 channels, its rows in the order of their sign changes
+    learned     `--rotate`, as users get it: by a rotation that makes the mean fourth power of all its weights small
 
-    none        norms folded, nothing rotated
-    random      a Hadamard matrix, the signs of the channels drawn
-    sequency    a Hadamard matrix for each group of 64 channels, its rows in the order of their sign changes
-    learned     begins as `random`, then makes the mean fourth power of all rotated weights smaller
+What is made here is for Llama and models laid out like it; that its log-probabilities stay (to 1e-4) is checked.
 
-With `--values` the values are rotated too, head by head, and what the output layer reads with them. Quantized by the
-recipe `demo`: first every matrix at the same width, then at averages of true bits, where the groups of a matrix may
-differ, since what is flat has less for them to tell apart.
+With `--values` the values of what is made here are rotated too, head by head, and what the output layer reads with them.
+Quantized by the recipe `demo`: first every matrix at the same width, then at averages of true bits, where the groups of
+a matrix may differ, since what is flat has less for them to tell apart.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ from llmmpq.recipe import load_recipe
 from llmmpq.session import load_tokenizer
 
 GROUP = 64
-STEPS = 300
-RATE = 0.02  # of the largest turn in a step, in radians
 SAME = 1e-4
 FIELDS = ("model", "seed", "kind", "budget", "true_bits", "extra_nll", "kl")
 
@@ -47,7 +44,7 @@ FIELDS = ("model", "seed", "kind", "budget", "true_bits", "extra_nll", "kl")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="demo")
-    parser.add_argument("--kinds", default="none,random,sequency,learned")
+    parser.add_argument("--kinds", default="none,folded,random,sequency,learned")
     parser.add_argument("--values", action="store_true")
     parser.add_argument("--bits", default="2,3")
     parser.add_argument("--averages", default="2.5")
@@ -64,10 +61,14 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for kind in args.kinds.split(","):
                 with tempfile.TemporaryDirectory() as work:
-                    folder = _rotated_folder(model, kind, seed=seed, values=args.values, to=Path(work) / "rotated")
+                    source = model
+                    if kind not in ("none", "learned"):
+                        source = str(_folder(model, kind, seed=seed, values=args.values, to=Path(work) / "rotated"))
                     name = kind + ", values" * args.values
                     for budget in budgets:
-                        bits, extra, kl = _quantized(folder, budget, judge, seed=seed, work=Path(work))
+                        bits, extra, kl = _quantized(
+                            source, budget, judge, rotate=kind == "learned", seed=seed, work=Path(work)
+                        )
                         label = "{}={}".format(*next(iter(budget.items())))
                         append_row(
                             args.csv, dict(zip(FIELDS, (model, seed, name, label, bits, extra, kl), strict=True))
@@ -76,13 +77,14 @@ def main() -> None:
 
 
 def _quantized(
-    folder: Path, budget: dict[str, Any], judge: Any, *, seed: int, work: Path
+    model: str, budget: dict[str, Any], judge: Any, *, rotate: bool, seed: int, work: Path
 ) -> tuple[float, float, float]:
     changes = {
-        "model": str(folder),
+        "model": model,
         "calibration.tokens": 12288,
         "calibration.seed": seed,
         "quantizer.group_size": GROUP,
+        "quantizer.rotate": rotate,
     }
     out = work / "-".join(map(str, budget.values()))
     made = pipeline.quantize_model(load_recipe("demo").override(changes | budget), out=out, work_dir=work / "work")
@@ -90,14 +92,14 @@ def _quantized(
     return made["plan"]["bits_per_weight"], extra, kl
 
 
-def _rotated_folder(model: str, kind: str, *, seed: int, values: bool, to: Path) -> Path:
+def _folder(model: str, kind: str, *, seed: int, values: bool, to: Path) -> Path:
     folder, original = pipeline.load_model(model)
     tokenizer = load_tokenizer(folder)
     original = original.float().eval()
     rotated = copy.deepcopy(original)
     _untie(rotated)
     _fold_norms(rotated)
-    if kind != "none":
+    if kind != "folded":
         _rotate_stream(rotated, _rotation(kind, rotated, torch.Generator().manual_seed(seed)))
     if values:
         _rotate_values(rotated)
@@ -160,8 +162,7 @@ def _rotation(kind: str, model: Any, generator: torch.Generator) -> torch.Tensor
             raise SystemExit(f"{size} channels are not made of whole groups of {GROUP}")
         return torch.block_diag(*[_by_sequency(_hadamard(GROUP))] * (size // GROUP))
     signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-    begin = signs[:, None] * _hadamard(size)
-    return _learned(begin, model) if kind == "learned" else begin
+    return signs[:, None] * _hadamard(size)
 
 
 def _hadamard(size: int) -> torch.Tensor:
@@ -176,25 +177,6 @@ def _hadamard(size: int) -> torch.Tensor:
 def _by_sequency(matrix: torch.Tensor) -> torch.Tensor:
     changes = (matrix[:, 1:] * matrix[:, :-1] < 0).sum(dim=1)
     return matrix[changes.argsort(stable=True)]
-
-
-def _learned(begin: torch.Tensor, model: Any) -> torch.Tensor:
-    """Steps along the orthogonal matrices: R exp(step) with an antisymmetric step, which falls to nothing."""
-    layers = model.model.layers
-    parts = [linear.weight.data for layer in layers for _, linears in _readers(layer) for linear in linears]
-    parts += [linear.weight.data.t() for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    rows = torch.cat([part / part.square().mean().sqrt() for part in parts])
-    rotation, before = begin, float((rows @ begin).pow(4).mean())
-    for step in range(STEPS):
-        turned = rows @ rotation
-        slope = rotation.t() @ (rows.t() @ turned.pow(3))
-        turn = slope - slope.t()
-        rate = RATE * (1 - step / STEPS) / float(torch.linalg.matrix_norm(turn, 2).clamp_min(1e-30))
-        rotation = rotation @ torch.matrix_exp(-rate * turn)
-    basis, triangle = torch.linalg.qr(rotation.double())  # what rounding took off is put right
-    rotation = (basis * triangle.diagonal().sign()).float()
-    print(f"mean fourth power of the weights {before:.3f}, learned {float((rows @ rotation).pow(4).mean()):.3f}")
-    return rotation
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _inputs(job: Job) -> dict[str, Any]:
 
 
 def _store_for(session: Session, stream: BlockStream, stage: Stage) -> StateStore:
-    num_blocks, hidden = len(session.skeleton.block_names), session.skeleton.model.config.get_text_config().hidden_size
+    num_blocks, hidden = len(session.skeleton.block_names), session.hidden_size
     nbytes = num_blocks * stream.windows.numel() * hidden * stream.dtype.itemsize
     place: Place = "host" if nbytes <= session.recipe.measurement.memory_nbytes else "disk"
     return StateStore(

@@ -33,6 +33,7 @@ from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.descent import CHUNK_ELEMENTS
 from llmmpq.records import Scheme
+from llmmpq.rotating import learning_nbytes, rotation_multiplications, rotation_nbytes
 from llmmpq.selfmade import check_self_calibration
 from llmmpq.session import Session
 from llmmpq.tuning import TOKENS_PER_STEP
@@ -58,7 +59,7 @@ def preflight(
     kept_nbytes = sum(tensor.nbytes for tensor in skeleton.kept)
     quantized_nbytes = max(min(budget["nbytes"], problem.largest_nbytes), problem.smallest_nbytes)
     output_nbytes = quantized_nbytes + kept_nbytes
-    work_nbytes = _work_nbytes(session) + _options_nbytes(session)
+    work_nbytes = _work_nbytes(session) + _options_nbytes(session) + rotation_nbytes(session)
     on_cpu = session.device.type == "cpu"
     states_nbytes = _states_nbytes(session)
     on_host = states_nbytes if recipe.run.activations == "host" else 0
@@ -66,13 +67,15 @@ def preflight(
     work_dir = work_dir or folder / DEFAULT_WORK_FOLDER
     waiting_nbytes = max(_waiting_nbytes(session), _metric_states_nbytes(session))
     on_disk = waiting_nbytes if waiting_nbytes > recipe.measurement.memory_nbytes else 0
-    journal_nbytes = quantized_nbytes + on_disk + metric_nbytes(session)
+    journal_nbytes = quantized_nbytes + on_disk + metric_nbytes(session) + rotation_nbytes(session)
     disks = _disks(folder, work_dir, output_nbytes=output_nbytes, journal_nbytes=journal_nbytes)
     work_disk = disks[1] if len(disks) == 2 else None
     ram_free = psutil.virtual_memory().available
     ram_nbytes = BASE_RAM_NBYTES + (work_nbytes + states_nbytes if on_cpu else _largest_tensor(session) + on_host)
     ram_nbytes += waiting_nbytes - on_disk
-    vram_nbytes = None if on_cpu else work_nbytes + states_nbytes - on_host
+    vram_nbytes = None if on_cpu else max(work_nbytes + states_nbytes - on_host, learning_nbytes(session))
+    if on_cpu:
+        ram_nbytes = max(ram_nbytes, BASE_RAM_NBYTES + learning_nbytes(session))
     vram_free = None if on_cpu else torch.cuda.mem_get_info(session.device)[0]
     problems, notes = [], []
     if out is not None:
@@ -111,6 +114,8 @@ def preflight(
         notes.append(f"{len(short)} linears have a last group of fewer than {size} channels, which costs a full scale")
     if skeleton.ignored:
         notes.append(f"{len(skeleton.ignored)} tensors of the checkpoint are not used by the model and are left out")
+    if recipe.quantizer.rotate:
+        notes.append("whether this model can be rotated is found when quantize begins, before any long work")
     return {
         "model": recipe.model,
         "architecture": type(skeleton.model).__name__,
@@ -236,17 +241,17 @@ def _options_nbytes(session: Session) -> int:
 def _states_nbytes(session: Session) -> int:
     quantizer = session.recipe.quantizer
     copies = 1 + (quantizer.sequential and (quantizer.correction > 0 or quantizer.tune > 0)) + (quantizer.tune > 0)
-    return copies * session.recipe.calibration.tokens * _hidden(session) * session.dtype.itemsize
+    return copies * session.recipe.calibration.tokens * session.hidden_size * session.dtype.itemsize
 
 
 def metric_nbytes(session: Session) -> int:
     """What the output metric of all blocks takes in the work folder."""
-    return 4 * len(session.skeleton.block_names) * _hidden(session) ** 2 if _metric_tokens(session) else 0
+    return 4 * len(session.skeleton.block_names) * session.hidden_size**2 if _metric_tokens(session) else 0
 
 
 def _metric_states_nbytes(session: Session) -> int:
     itemsize = session.measuring_dtype.itemsize
-    return len(session.skeleton.block_names) * _metric_tokens(session) * _hidden(session) * itemsize
+    return len(session.skeleton.block_names) * _metric_tokens(session) * session.hidden_size * itemsize
 
 
 def _metric_tokens(session: Session) -> int:
@@ -254,10 +259,6 @@ def _metric_tokens(session: Session) -> int:
     if not quantizer.tune or quantizer.tune_metric == "plain":
         return 0
     return min(TOKENS, session.recipe.calibration.tokens)
-
-
-def _hidden(session: Session) -> int:
-    return int(session.skeleton.model.config.get_text_config().hidden_size)
 
 
 def _largest_tensor(session: Session) -> int:
@@ -273,7 +274,9 @@ def _estimate_seconds(session: Session) -> float | None:
     recipe, options = session.recipe, session.options()
     tokens = recipe.calibration.tokens
     sweeps = recipe.quantizer.sweeps if recipe.quantizer.algorithm == "gptq" else 0
-    total = 0.0
+    # Weights are read to be measured, to be quantized, and twice for the output metric.
+    num_reads = 2 + _num_rounds(session) * _is_measured(session) + 2 * (_metric_tokens(session) > 0)
+    total = rotation_multiplications(session, num_reads=num_reads)
     for specs in session.skeleton.linears_by_block:
         weights = sum(spec.num_weights for spec in specs)
         passes = 6 if recipe.quantizer.correction > 0 else 4
@@ -346,7 +349,7 @@ def _waiting_nbytes(session: Session) -> int:
     head, options = session.skeleton.head, session.options()
     num_candidates = sum(len(schemes) for name, schemes in options.items() if head is None or name != head.name)
     heads = 0 if head is None else (1 + len(options[head.name])) * head.num_weights
-    return (num_candidates * recipe.measurement.tokens * _hidden(session) + heads) * session.measuring_dtype.itemsize
+    return (num_candidates * recipe.measurement.tokens * session.hidden_size + heads) * session.measuring_dtype.itemsize
 
 
 def _multiplications_per_second(device: torch.device) -> float:

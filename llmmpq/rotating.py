@@ -30,6 +30,8 @@ from llmmpq.session import Session
 from llmmpq.workdir import WorkDir
 
 TOKENS = 64  # of one window, on which both models are compared
+COPIES_IN_A_STEP = 3  # of a block's rows: turned, their third power, and one more on the way
+COPIES_OF_ROTATION = 8
 SAME = 1e-4  # of the largest number compared: float32 and its sums take up to a tenth of it
 
 
@@ -101,9 +103,7 @@ def _learn(session: Session, ids: torch.Tensor, progress: Progress) -> tuple[dic
         return torch.cat(list(_rows(session.checkpoint, stored[index], session.device)))
 
     size = states[0].shape[-1]
-    nbytes = 4 * size * sum(spec.num_weights // size for spec in skeleton.linears if size in spec.shape)
-    # Read once where all of them may wait in memory, and again at every step where not.
-    some_rows = cache(rows_of) if nbytes <= session.recipe.measurement.memory_nbytes else rows_of
+    some_rows = cache(rows_of) if _rows_may_wait(session) else rows_of
     with progress.task("learn the rotation", STEPS, "steps") as advance:
         rotation_DD = learn_rotation(
             some_rows, num_blocks, size, seed=seed, device=session.device, on_step=lambda: advance(1)
@@ -118,6 +118,42 @@ def _learn(session: Session, ids: torch.Tensor, progress: Progress) -> tuple[dic
     with progress.task("compare the rotated model", num_blocks, "blocks") as advance:
         _compare(rotated, rotation_DD.to(session.device), states, logits, on_block=lambda: advance(1))
     return {"residual": residual.to_json(), "summary": summary}, rotation_DD
+
+
+def rotation_nbytes(session: Session) -> int:
+    """What the rotation takes in the work folder, and of memory wherever weights are read."""
+    return 4 * session.hidden_size**2 if session.recipe.quantizer.rotate else 0
+
+
+def learning_nbytes(session: Session) -> int:
+    """Of memory, while the rotation is learned: weights in float32, and what a step makes of them."""
+    if not session.recipe.quantizer.rotate:
+        return 0
+    blocks = _weights_by_block(session)
+    waiting = sum(blocks) if _rows_may_wait(session) else max(blocks)
+    return 4 * (waiting + COPIES_IN_A_STEP * max(blocks)) + COPIES_OF_ROTATION * rotation_nbytes(session)
+
+
+def rotation_multiplications(session: Session, *, num_reads: int) -> float:
+    """To learn it, and to turn all weights at each of so many reads."""
+    if not session.recipe.quantizer.rotate:
+        return 0.0
+    blocks, size = _weights_by_block(session), session.hidden_size
+    steps = [blocks[step % len(blocks)] for step in range(STEPS)]
+    return float(2 * size * sum(steps) + 4 * size**3 * STEPS + num_reads * size * sum(blocks))
+
+
+def _rows_may_wait(session: Session) -> bool:
+    """Whether they are read once, for all steps; else again at every step."""
+    return 4 * sum(_weights_by_block(session)) <= session.recipe.measurement.memory_nbytes
+
+
+def _weights_by_block(session: Session) -> list[int]:
+    skeleton, size = session.skeleton, session.hidden_size
+    return [
+        sum(spec.num_weights for spec in skeleton.block_linears(index) if size in spec.shape)
+        for index in range(len(skeleton.block_names))
+    ]
 
 
 def _rows(checkpoint: Checkpoint, residual: Residual, device: torch.device) -> Iterator[torch.Tensor]:

@@ -90,6 +90,10 @@ class Session:
         chosen: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
         return chosen
 
+    @property
+    def hidden_size(self) -> int:
+        return int(self.skeleton.model.config.get_text_config().hidden_size)
+
     def source_files(self) -> list[Path]:
         return [*self.checkpoint.files, self.folder / "config.json", *companion_files(self.folder)]
 

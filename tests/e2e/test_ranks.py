@@ -132,6 +132,20 @@ def test_two_processes_do_what_one_does(
     assert plan_two["provenance"]["numerics"] == plan["provenance"]["numerics"] | {"processes": 2}
 
 
+def test_two_processes_rotate_as_one_does(
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arguments(out: Path) -> list[object]:
+        return ["quantize", model, "--recipe", recipe, "--bits", 3, "--rotate", "--out", out, "--quiet"]
+
+    done = run_two(*arguments(tmp_path / "two" / "out"))
+    assert done.returncode == 0, done.stderr
+    assert run_here(arguments(tmp_path / "one" / "out"), capsys).code == 0
+    one, two = (tmp_path / name / "out" for name in ("one", "two"))
+    assert read_plan(one)["provenance"]["rotation"] == read_plan(two)["provenance"]["rotation"]
+    assert raw_tensors(one) == raw_tensors(two)
+
+
 def test_local_losses_of_shares_of_different_sizes(
     model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -192,6 +192,16 @@ def test_the_rotation_is_learned_once_for_all_budgets_and_again_where_it_is_dama
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
+def test_weights_that_may_not_wait_in_memory_are_read_at_every_step(
+    calibration_file: Path, tmp_path: Path, sources: Callable[[str], Path]
+) -> None:
+    made = []
+    for size in ("8GB", "1kB"):
+        quantize_model(recipe_of(sources("llama"), calibration_file, measurement__memory=size), out=tmp_path / size)
+        made.append(digests(tmp_path / size)["model.safetensors"])
+    assert len(set(made)) == 1
+
+
 def test_another_seed_is_another_rotation_and_none_is_another_model(
     calibration_file: Path, tmp_path: Path, sources: Callable[[str], Path]
 ) -> None:

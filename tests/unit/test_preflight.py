@@ -10,7 +10,9 @@ from llmmpq import preflight
 from llmmpq.errors import CheckpointError
 from llmmpq.pipeline import check
 from llmmpq.preflight import check_disks
+from llmmpq.quantize import rotation
 from llmmpq.recipe import Recipe
+from llmmpq.rotating import learning_nbytes
 from llmmpq.session import open_session
 from tests import tiny
 
@@ -149,6 +151,30 @@ def test_sweeps_need_memory(model):
     swept, plain = (open_session(recipe_for(model, quantizer__sweeps=num)) for num in (1, 0))
     largest = max(spec.num_weights for spec in swept.skeleton.linears)
     assert preflight._work_nbytes(swept) - preflight._work_nbytes(plain) == 8 * largest
+
+
+def test_a_rotation_takes_disk_memory_and_time_and_its_exactness_is_not_foretold(model, monkeypatch):
+    monkeypatch.setattr(preflight, "_multiplications_per_second", lambda device: 1e6)
+    turned, plain = (check(recipe_for(model, budget__bits=3, quantizer__rotate=rotate)) for rotate in (True, False))
+    assert turned["disk_nbytes"] - plain["disk_nbytes"] == 4 * tiny.HIDDEN**2
+    assert turned["ram_nbytes"] >= plain["ram_nbytes"] + 4 * tiny.HIDDEN**2
+    session = open_session(recipe_for(model, quantizer__rotate=True))
+    every = sum(spec.num_weights for spec in session.skeleton.linears if tiny.HIDDEN in spec.shape)
+    steps, reads = rotation.STEPS, 2
+    blocks = len(session.skeleton.block_names)
+    products = 2 * tiny.HIDDEN * every * steps / blocks + 4 * tiny.HIDDEN**3 * steps + reads * tiny.HIDDEN * every
+    assert turned["seconds"] - plain["seconds"] == pytest.approx(2 * products / 1e6, abs=1)
+    assert any("rotated" in note for note in turned["notes"])
+    assert not any("rotated" in note for note in plain["notes"])
+
+
+def test_rows_that_may_not_wait_in_memory_need_less_of_it(model):
+    small, large = (
+        learning_nbytes(open_session(recipe_for(model, quantizer__rotate=True, measurement__memory=size)))
+        for size in ("1kB", "8GB")
+    )
+    assert small < large
+    assert learning_nbytes(open_session(recipe_for(model))) == 0
 
 
 @pytest.fixture
