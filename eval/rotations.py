@@ -11,7 +11,7 @@
 
 What is made here is for Llama and models laid out like it; that its log-probabilities stay (to 1e-4) is checked.
 
-With `--values` the values of what is made here are rotated too, head by head, and what the output layer reads with them.
+With `--values` values are rotated too, head by head, and what the output layer reads with them (not with `learned`).
 Quantized by the recipe `demo`: first every matrix at the same width, then at averages of true bits, where the groups of
 a matrix may differ, since what is flat has less for them to tell apart.
 """
