@@ -1,9 +1,9 @@
 """Which weights of a model read its residual stream, and which are added to it: what a rotation of the stream changes.
 
-Found by running it, not by names. A norm of the stream takes the block's input, or what a linear's output was added to
-(`landing.py`); the linears that take a norm's output read the stream, those whose output lands in it write it. Norms
-must scale each state by its size and by a gain for each channel, nothing else: then a rotated state leaves a norm
-without gain as the rotated output, and the gain can move into the linears behind it.
+Found by running it, not by names. A norm of the stream takes the block's input, or that with the output of a linear
+added to it; the linears that take such a norm's output read the stream, those whose output is added write it. Norms must
+scale each state by its size and by a gain for each channel, nothing else: then a turned state leaves a norm without gain
+as the turned output, and the gain can move into the linears behind it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import nn
 
 from llmmpq.errors import UnsupportedModelError
 from llmmpq.model.around import Around
-from llmmpq.model.landing import landing_of
 from llmmpq.model.stream import Block
 
 NO_GAIN = (1.0, 0.0)  # what a norm's weight holds for a gain of one: some models store the gain, others gain - 1
-LOOSELY = 0.01  # of the largest state: what a layer adds is known with its factor in three digits
-SAME = 1e-4  # of what a norm makes of a turned state, against the turned output
+SAME = 1e-4  # of what is compared
+ROUNDING = 1e-6  # of the stream, where something small is added to it in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +73,13 @@ class Residual:
 def residual_of(block: Block) -> Residual:
     """Of one block, whose linears must all be among `block.linears`."""
     state = block.states[0].to(block.device)
-    landings = {spec.name.removeprefix(block.name + "."): landing_of(block, spec) for spec in block.linears}
     with _watched(block.module, state.shape[-1]) as seen:
         leaving = block.call(state.clone())
+    places = [*(entering for entering, _ in seen.norms.values()), leaving]
     stream, writers = [state], []
     for name, (_, output) in seen.linears.items():
-        landing = landings[name]
-        if landing is None or (landing.module is not None and landing.module not in seen.norms):
-            continue
-        place = leaving if landing.module is None else seen.norms[landing.module][0]
-        # A norm of its own may take it before it is added: then what is there is no state of the stream.
-        if _follows(place, landing.factor * output, stream):
+        place = next((place for place in places if any(_is_sum(place, known, output) for known in stream)), None)
+        if place is not None:
             stream.append(place)
             writers.append(name)
     on_stream = [norm for norm, (entering, _) in seen.norms.items() if any(_same(entering, known) for known in stream)]
@@ -173,10 +168,14 @@ def _may_be_norm(module: nn.Module, num_channels: int) -> bool:
     return not module._modules and list(held) == ["weight"] and held["weight"].shape == (num_channels,)
 
 
-def _follows(place: torch.Tensor, added: torch.Tensor, stream: list[torch.Tensor]) -> bool:
-    """Whether it is one of these states with that added to it."""
-    rest = place - added.reshape(place.shape) if added.numel() == place.numel() else place
-    return any(float((rest - known).abs().max()) <= LOOSELY * float(place.abs().max()) for known in stream)
+def _is_sum(place: torch.Tensor, state: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether the place is the state with that output added, times one number: some models scale what they add."""
+    if output.numel() != place.numel() or _same(place, state):
+        return False
+    added, output = (place.double() - state.double()).flatten(), output.double().flatten()
+    factor = (added @ output) / (output @ output).clamp_min(1e-300)
+    rounding = ROUNDING * float(place.norm())
+    return float((added - factor * output).norm()) <= SAME * float(added.norm()) + rounding < float(added.norm())
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llmmpq import quantizing
 from llmmpq.hf import LlmmpqForCausalLM
@@ -23,6 +32,11 @@ from tests.e2e.running import Interrupted, Recorder, digests, raw_tensors, run_h
 
 OTHERS = {
     "gemma": (GemmaForCausalLM, GemmaConfig, {"intermediate_size": 120, "head_dim": 16, "tie_word_embeddings": True}),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        {"intermediate_size": 72, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    ),
     "biases": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 96, "attention_bias": True, "mlp_bias": True}),
 }
 EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", *OTHERS)

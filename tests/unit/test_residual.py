@@ -85,6 +85,20 @@ def test_a_bias_of_what_is_added_counts_and_one_of_what_reads_does_not(first_blo
     assert not any(name.endswith("q_proj.bias") for name in (*found.writers, *found.readers))
 
 
+@pytest.mark.parametrize("size", [1e-2, 30.0])
+@pytest.mark.parametrize("role", ["self_attn.o_proj", "mlp.down_proj"])
+def test_what_adds_little_or_much_is_found_all_the_same(first_block, role, size):
+    block = first_block("llama")
+    weight = block.module.get_submodule(role).weight
+    held, weight.data = weight.data, size * weight.data
+    try:
+        found = residual_of(block)
+    finally:
+        weight.data = held
+    assert found.writers == tuple(f"{block.name}.{name}" for name in WRITERS)
+    assert len(found.readers) == 5
+
+
 class _Norm(nn.Module):
     """The model's norm, with a twist."""
 
