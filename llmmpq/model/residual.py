@@ -1,9 +1,9 @@
 """Which weights of a model read its residual stream, and which are added to it: what a rotation of the stream changes.
 
 Found by running it, not by names. A norm of the stream takes the block's input, or that with the output of a linear
-added to it; the linears that take such a norm's output read the stream, those whose output is added write it. Norms must
-scale each state by its size and by a gain for each channel, nothing else: then a turned state leaves a norm without gain
-as the turned output, and the gain can move into the linears behind it.
+added to it; the linears that take such a norm's output read the stream, those whose output is added write it. Norms
+must scale each state by its size and by a gain for each channel, nothing else: then a turned state leaves a norm
+without gain as the turned output, and the gain can move into the linears behind it.
 """
 
 from __future__ import annotations
