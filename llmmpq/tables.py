@@ -321,6 +321,7 @@ def _plan_rows(plan: Row, linears: Sequence[Row]) -> dict[str, str | None]:
         "Code bits": f"{plan['code_bits_per_weight']:.3f} per weight, codes alone",
         "Widths": _shares(linears, separator=", "),
         "Groups of": f"{', '.join(map(str, groups))} inputs, {' and '.join(kinds)}, {scales} scales",
+        "Rotated": "the residual stream, exactly" if plan.get("provenance", {}).get("rotation") else None,
         "Chosen by": None if plan["budget"].get("kind") == "plan" else ", ".join(_choice(plan)),
     }
 

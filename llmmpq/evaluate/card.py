@@ -107,6 +107,8 @@ def _summary(found: Mapping[str, Any], origin: Origin) -> Iterator[str]:
     yield f"| of which | {_size(found['quantized_nbytes'])} quantized, {_size(found['kept_nbytes'])} kept unquantized |"
     yield f"| Bits chosen by | {_choice(found)} |"
     yield f"| Groups | {groups} inputs share a scale, {kinds} |"
+    if found["provenance"].get("rotation"):
+        yield "| Rotated | the residual stream, exactly: the original's predictions, in other weights |"
     yield f"| Format | llmmpq, layout version {found['layout_version']} |"
 
 

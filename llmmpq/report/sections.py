@@ -247,6 +247,7 @@ def digests(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     groups = (
         ("Original model", mapping(provenance.get("model_files"))),
         ("Text", texts),
+        ("Rotation of the residual stream", {"R": provenance["rotation"]} if "rotation" in provenance else {}),
         ("This folder", evidence.digests),
     )
     return [(title, [(str(name), str(digest)) for name, digest in found.items()]) for title, found in groups if found]

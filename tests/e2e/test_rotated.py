@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from llmmpq import quantizing
+from llmmpq.evaluate.card import Origin, write_card
 from llmmpq.hf import LlmmpqForCausalLM
 from llmmpq.job import open_job
 from llmmpq.pipeline import inspect, quantize_model
@@ -273,6 +274,24 @@ def test_what_stays_at_16_bits_is_rounded_before_anything_is_measured(
     rows = torch.frombuffer(bytearray(stored.data), dtype=torch.bfloat16).reshape(stored.shape).float()
     states = seen[0].reshape(-1, tiny.HIDDEN)
     assert ((states[:, None] == rows[None]).all(-1).any(-1)).all()
+
+
+def test_people_are_told(
+    calibration_file: Path, tmp_path: Path, sources: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the screen, on the page, and on the card; a model that is not rotated says nothing of it."""
+    told = {}
+    for flag in ("--rotate", "--no-rotate"):
+        out = tmp_path / flag
+        given = ["--calib", calibration_file, "--tokens", 256, "--window", 64, "--bits", 4, "--quiet"]
+        outcome = run_here(["quantize", sources("llama"), flag, *given, "--out", out], capsys)
+        run_here(["report", out, "--out", tmp_path / "page.html"], capsys)
+        card = write_card(
+            inspect(out), name="a/b", origin=Origin(name="llama"), digests={}, results=None, has_picture=False
+        )
+        told[flag] = ["Rotated" in outcome.stdout, "Rotation of" in (tmp_path / "page.html").read_text()]
+        told[flag].append("| Rotated |" in card)
+    assert told == {"--rotate": [True] * 3, "--no-rotate": [False] * 3}
 
 
 def test_check_knows_of_the_second_head(
