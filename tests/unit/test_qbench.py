@@ -1,6 +1,7 @@
 """eval/qbench.py without any competitor installed: configs, bytes, the evaluator, and what happens when one fails."""
 
 import csv
+import importlib.util
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ from qbench_gptq import read_gptq, unpack_bits
 from qbench_judge import Judge
 from qbench_report import read_rows
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from llmmpq.errors import CheckpointError, RecipeError
+from llmmpq.hf import LlmmpqForCausalLM
+from llmmpq.quantize import rotation
 from tests import tiny
 
 EVAL = Path(qbench.__file__).parent
@@ -256,3 +260,37 @@ def test_one_that_takes_too_long_is_stopped(
 def test_a_mistake_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qbench.main([str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_a_rotated_model_of_ours_is_judged_as_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights, turned back into the original, predict what the rotated folder predicts."""
+    spec = importlib.util.spec_from_file_location("ours_under_test", EVAL / "qbench" / "ours.py")
+    assert spec is not None
+    assert spec.loader is not None
+    ours = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ours)
+    monkeypatch.setattr(rotation, "STEPS", 5)
+    source = tiny.save("qwen2", tmp_path / "source")
+    (tmp_path / "text.txt").write_text("A hundred sentences, none of them the same. " * 200)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    modules = original.model.named_modules()
+    linears = tuple(f"model.{name}" for name, module in modules if isinstance(module, torch.nn.Linear))
+    calibration = {"source": str(tmp_path / "text.txt"), "tokens": 320, "window": 32, "seed": 0}
+    settings = {"measurement.tokens": 64, "quantizer.rotate": True, "uniform": True}
+    job = Job(
+        model=str(source),
+        linears=linears,
+        calibration=calibration,
+        bits=3,
+        settings=settings,
+        threads=1,
+        scratch=str(tmp_path),
+    )
+    result = ours.quantize(job)
+    assert set(result.weights) == set(linears)
+    with torch.no_grad():
+        for name, weight in result.weights.items():
+            original.get_submodule(name).weight.copy_(weight)
+        loaded = LlmmpqForCausalLM.from_pretrained(str(tmp_path / "quantized"), dtype=torch.float32)
+        logits = [model(tiny.token_ids()).logits for model in (original, loaded)]
+    assert (logits[0] - logits[1]).abs().max() < 2e-3
