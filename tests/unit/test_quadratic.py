@@ -1,12 +1,11 @@
 """Edges of the quadratic solver: nothing to choose, nothing to gain, no room, no time, and a hand on the keyboard."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import solver_bench as bench
 
 from llmmpq.allocate import shift
 from llmmpq.allocate.program import narrow, reduce_program
@@ -15,8 +14,6 @@ from llmmpq.allocate.relax import relax
 from llmmpq.allocate.search import anneal, cheapest_start
 from llmmpq.allocate.shift import make_convex
 from llmmpq.errors import InfeasibleBudgetError
-
-BENCH = Path(__file__).parents[2] / "eval" / "solver_bench.py"
 
 
 def make_program(sizes, *, gram=None, linear=None, constant=0.0, costs=None, limits=()) -> Program:
@@ -165,10 +162,7 @@ def test_equal_input_gives_an_equal_answer():
 
 @pytest.mark.parametrize(("num_units", "seed"), [(12, 0), (24, 1)])
 def test_equal_to_scip(num_units, seed):
-    pytest.importorskip("pyscipopt", reason="pip install pyscipopt to compare with SCIP")
-    spec = importlib.util.spec_from_file_location("solver_bench", BENCH)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    pytest.importorskip("pyscipopt", reason="SCIP is installed with the dev extra, on Linux")
     program = bench.draw_program(num_units, bits=(2.0, 3.0, 4.0, 8.0), average=3.0, seed=seed)
     loss, status = bench.solve_with_scip(program, time_limit_s=120.0)
     assert status in ("optimal", "gaplimit")
