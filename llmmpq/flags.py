@@ -176,8 +176,8 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             bool,
             "--rotate/--no-rotate",
             panel=QUANTIZER,
-            text="Turn the residual stream first, which changes no prediction and makes weights easier to quantize. A "
-            "shared output head gets weights of its own.",
+            text="Turn the residual stream first: predictions stay as they are, up to rounding, and weights are easier to "
+            "quantize. A shared output head gets weights of its own.",
         ),
     ),
     "tune": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +58,18 @@ class Job:
 
 
 @contextmanager
-def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Progress) -> Iterator[Job]:
-    """Locks the work folder until the context ends. What takes one process is done by the first for all."""
+def open_job(
+    session: Session,
+    *,
+    out: Path,
+    work_dir: Path | None,
+    progress: Progress,
+    is_done: Callable[[Job], bool] = lambda job: False,
+) -> Iterator[Job]:
+    """Locks the work folder until the context ends. What takes one process is done by the first for all.
+
+    `is_done` is asked before any long work; it may refuse the job, and of one that is done no weights are read.
+    """
     root = work_dir or out.resolve().parent / DEFAULT_WORK_FOLDER
     ranks = session.ranks
     model_digests = ranks.from_first(lambda: _model_digests(session, root, progress))
@@ -72,18 +82,17 @@ def open_job(session: Session, *, out: Path, work_dir: Path | None, progress: Pr
         for note in tokens.notes:
             progress.note(note)
         recipe = session.recipe.override({"calibration.source": tokens.calibration.source}, source="resolved recipe")
-        session = dataclasses.replace(session, recipe=recipe)
-        rotation = None
-        if recipe.quantizer.rotate:
-            rotation = rotate(session, work, model_digests, tokens.calibration.ids, progress)
-        yield Job(
-            session=session if rotation is None else rotation.session,
+        job = Job(
+            session=dataclasses.replace(session, recipe=recipe),
             work=work,
             model_digests=model_digests,
             tokens=tokens,
             progress=progress,
-            rotation=rotation,
         )
+        if not is_done(job) and recipe.quantizer.rotate:
+            rotation = rotate(job.session, work, model_digests, tokens.calibration.ids, progress)
+            job = dataclasses.replace(job, session=rotation.session, rotation=rotation)
+        yield job
 
 
 def _model_digests(session: Session, root: Path, progress: Progress) -> dict[str, str]:

@@ -162,7 +162,7 @@ def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]
             digests[path.name] = write_bytes(unfinished / path.name, path.read_bytes())
         config = json.loads((spec.source / "config.json").read_text(encoding="utf-8"))
         if spec.untied:
-            config["tie_word_embeddings"] = False
+            _untie(config)
         config["quantization_config"] = LlmmpqConfig(
             {name: linear.scheme for name, linear in spec.plan.linears.items()}
         ).to_dict()
@@ -183,6 +183,14 @@ def write_output(out: Path, spec: OutputSpec, *, on_bytes: Callable[[int], None]
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return spec.tensor_nbytes
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Wherever the config says it: models with parts have one for each part."""
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            _untie(part)
 
 
 def _move_into_place(unfinished: Path, out: Path) -> None:

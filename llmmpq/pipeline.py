@@ -84,12 +84,19 @@ def quantize_model(
         destination = publish
         ranks.from_first(lambda: check_destination(destination, out))
     kept_nbytes = sum(tensor.nbytes for tensor in session.skeleton.kept)
-    with open_job(session, out=out, work_dir=work_dir, progress=progress) as job:
-        session, provenance = job.session, job.provenance()
-        recipe_yaml = session.recipe.to_yaml()
+    done = False
+
+    def claim(job: Job) -> bool:
+        nonlocal done
+        recipe_yaml, provenance = job.session.recipe.to_yaml(), job.provenance()
         done = ranks.from_first(
             lambda: claim_output(out, overwrite=overwrite, recipe_yaml=recipe_yaml, provenance=provenance, plan=plan)
         )
+        return done
+
+    with open_job(session, out=out, work_dir=work_dir, progress=progress, is_done=claim) as job:
+        session, provenance = job.session, job.provenance()
+        recipe_yaml = session.recipe.to_yaml()
         resumed = 0
         if done:
             plan, report = ranks.from_first(lambda: (read_plan(out / PLAN_FILE), inspect_folder(out)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, reduce
@@ -65,12 +66,15 @@ def rotate(
 
     notes, rotation_DD = session.ranks.from_first(learned)
     skeleton = session.skeleton
+    kept = [skeleton.stored_names[tensor.name] for tensor in skeleton.kept]
     checkpoint = RotatedCheckpoint(
         session.checkpoint,
         Residual.from_json(notes["residual"]).renamed(skeleton.stored_names),
         rotation_DD,
-        rounded=[skeleton.stored_names[tensor.name] for tensor in skeleton.kept],
+        device=session.device,
+        rounded=kept,
     )
+    checkpoint.check_finite(kept)  # they are read last, by the writer: what their dtype cannot hold is found now
     return Rotation(
         session=dataclasses.replace(session, checkpoint=checkpoint),
         digest=hashlib.sha256(rotation_DD.numpy().tobytes()).hexdigest(),
@@ -113,7 +117,9 @@ def _learn(session: Session, ids: torch.Tensor, progress: Progress) -> tuple[dic
         what: statistics.mean(fourth_power(some_rows(index), matrix_DD) for index in range(num_blocks))
         for what, matrix_DD in (("fourth_power_at_random", start_DD), ("fourth_power", rotation_DD))
     }
-    turned = RotatedCheckpoint(session.checkpoint, residual.renamed(skeleton.stored_names), rotation_DD)
+    del some_rows  # what it kept in memory
+    renamed = residual.renamed(skeleton.stored_names)
+    turned = RotatedCheckpoint(session.checkpoint, renamed, rotation_DD, device=session.device)
     rotated = BlockStream(skeleton, turned, ids, device=session.device, dtype=torch.float32)
     with progress.task("compare the rotated model", num_blocks, "blocks") as advance:
         _compare(rotated, rotation_DD.to(session.device), states, logits, on_block=lambda: advance(1))
@@ -149,11 +155,14 @@ def _rows_may_wait(session: Session) -> bool:
 
 
 def _weights_by_block(session: Session) -> list[int]:
+    """Of the matrices that may meet the stream, those that stay at 16 bits among them."""
     skeleton, size = session.skeleton, session.hidden_size
-    return [
-        sum(spec.num_weights for spec in skeleton.block_linears(index) if size in spec.shape)
+    entries = session.checkpoint.entries
+    shapes = [
+        [entries[skeleton.stored_names[name]].shape for name in skeleton.block_tensors(index)]
         for index in range(len(skeleton.block_names))
     ]
+    return [sum(math.prod(shape) for shape in own if len(shape) == 2 and size in shape) for own in shapes]
 
 
 def _rows(checkpoint: Checkpoint, residual: Residual, device: torch.device) -> Iterator[torch.Tensor]:

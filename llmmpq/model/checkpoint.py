@@ -88,10 +88,6 @@ class Checkpoint:
         """Of what is stored: a tensor with two names counts once."""
         return sum(entry.nbytes for entry in set(self.entries.values()))
 
-    def with_aliases(self, stored: Mapping[str, str]) -> Checkpoint:
-        """The same files, with further names for some of their tensors."""
-        return Checkpoint(self.folder, {**self.entries, **{name: self.entries[of] for name, of in stored.items()}})
-
     def read(
         self, names: Iterable[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:

@@ -115,15 +115,17 @@ def residual_around(around: Around, states_BTD: torch.Tensor) -> Residual:
     """Of what lies around the blocks: embedding, last norm and output head. `embed` must have run before."""
     model = around.skeleton.model
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = (names[id(module)] for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding, head = (
+        names.get(id(module), "") for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     with _watched(model, states_BTD.shape[-1]) as seen:
         around.logits(states_BTD[:1])
         entering = seen.linears[head][0] if head in seen.linears else None
         behind = [norm for norm, (_, left) in seen.norms.items() if entering is not None and _same(left, entering)]
-        if not behind:
+        if not behind or not embedding:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its residual stream cannot be rotated: no norm with a gain for each channel "
-                f"and nothing else is in front of {head}. Leave out --rotate."
+                f"and nothing else is in front of its output head {head!r}. Leave out --rotate."
             )
         norm = behind[0]
         value = _no_gain(model.get_submodule(norm), norm, states_BTD)

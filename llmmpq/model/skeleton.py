@@ -104,12 +104,18 @@ def build_skeleton(
 
 
 def untied(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with what is stored once for several weights of the model under all their names."""
+    """The checkpoint with what is stored once for several weights of the model under all their names.
+
+    A weight that is stored beside the one it should share is taken as it is stored, as transformers does.
+    """
     model = _meta_model(folder)
     stored_names, _ = _match_names(model, checkpoint)
-    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
-    names = {**{name: name for name in tied}, **stored_names}
-    return checkpoint.with_aliases({names[name]: names[source] for name, source in tied.items()})
+    entries = dict(checkpoint.entries)
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if name not in stored_names:
+            for missing in {name, source} - set(entries):
+                entries[missing] = checkpoint.entries[stored_names[source]]
+    return Checkpoint(checkpoint.folder, entries)
 
 
 def locate_linears(folder: Path, names: Collection[str]) -> dict[str, tuple[int, tuple[int, int]]]:

@@ -55,8 +55,9 @@ def fourth_power(rows_ND: torch.Tensor, rotation_DD: torch.Tensor) -> float:
 
 def _largest_turn(heading: torch.Tensor) -> float:
     """The spectral norm, closely: the length that a vector reaches under repeated turns."""
-    vector = torch.ones(len(heading), device=heading.device) / len(heading) ** 0.5
-    length = 0.0
+    # Drawn: a vector with a pattern of its own may be one that nothing turns.
+    vector = torch.randn(len(heading), generator=torch.Generator().manual_seed(0)).to(heading.device)
+    vector, length = vector / vector.norm(), 0.0
     for _ in range(POWER_STEPS):
         vector = heading @ vector
         length = float(vector.norm())

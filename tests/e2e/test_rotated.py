@@ -1,12 +1,14 @@
 """Rotated runs: the rotated model is the original, the folder loads like any other, and all is repeatable."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +20,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llmmpq import quantizing
+from llmmpq import quantizing, rotating
+from llmmpq.errors import CheckpointError, UnsupportedModelError
 from llmmpq.evaluate.card import Origin, write_card
 from llmmpq.hf import LlmmpqForCausalLM
 from llmmpq.job import open_job
+from llmmpq.model.checkpoint import Checkpoint
+from llmmpq.model.residual import Residual
+from llmmpq.output import _untie
 from llmmpq.pipeline import inspect, quantize_model
 from llmmpq.progress import Silent
 from llmmpq.quantize import rotation
@@ -130,10 +136,6 @@ def test_a_model_that_only_looks_right_is_refused_by_what_it_computes(
     sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if a weight had been overlooked: the comparison, not the search, is what vouches for the model."""
-    from llmmpq import rotating
-    from llmmpq.errors import UnsupportedModelError
-    from llmmpq.model.residual import Residual
-
     found = rotating.residual_of
 
     def overlooking(block: Any) -> Residual:
@@ -144,6 +146,119 @@ def test_a_model_that_only_looks_right_is_refused_by_what_it_computes(
     monkeypatch.setattr(rotating, "residual_of", overlooking)
     with pytest.raises(UnsupportedModelError, match=r"what enters model.layers.2 would differ"):
         quantize_model(recipe_of(sources("llama"), calibration_file), out=tmp_path / "out")
+
+
+def test_a_model_that_only_predicts_something_else_is_refused_too(
+    sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = rotating.residual_around
+
+    def overlooking(*args: Any) -> Residual:
+        residual = found(*args)
+        return Residual(readers={}, writers=(), embeddings=residual.embeddings, norms={})
+
+    monkeypatch.setattr(rotating, "residual_around", overlooking)
+    with pytest.raises(UnsupportedModelError, match=r"its predictions would differ"):
+        quantize_model(recipe_of(sources("llama"), calibration_file), out=tmp_path / "out")
+
+
+def test_what_16_bits_cannot_hold_once_it_is_rotated_is_found_early(calibration_file: Path, tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "source", dtype=torch.float16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] *= 4000
+    tensors["lm_head.weight"] *= 400
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    progress = Recorder()
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head.weight', rotated, reaches .* float16 holds: leave out --rotate"
+    ):
+        quantize_model(recipe_of(source, calibration_file), out=tmp_path / "out", progress=progress)
+    assert "quantize" not in progress.tasks
+
+
+def test_a_folder_that_holds_another_model_is_refused_before_anything_is_learned(
+    sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(sources("llama"), calibration_file, quantizer__rotate=False)
+    quantize_model(recipe, out=tmp_path / "out")
+    progress = Recorder()
+    with pytest.raises(CheckpointError, match="made from other inputs"):
+        quantize_model(recipe_of(sources("llama"), calibration_file), out=tmp_path / "out", progress=progress)
+    assert "learn the rotation" not in progress.tasks
+
+
+def test_what_is_done_is_not_learned_again(
+    sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe, progress = recipe_of(sources("llama"), calibration_file), Recorder()
+    quantize_model(recipe, out=tmp_path / "out", work_dir=tmp_path / "one")
+    again = quantize_model(recipe, out=tmp_path / "out", work_dir=tmp_path / "two", progress=progress)
+    assert again["already_done"]
+    assert "learn the rotation" not in progress.tasks
+
+
+def test_rows_to_learn_from_are_those_that_will_be_quantized(tmp_path: Path) -> None:
+    """With the gain in them, along the stream's channels, each matrix at a mean square of one."""
+    tensors = {"read": torch.randn(5, 8), "write": torch.randn(8, 3), "norm": torch.rand(8), "bias": torch.randn(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    residual = Residual(readers={"read": "norm"}, writers=("write", "bias"), embeddings=(), norms={"norm": 0.0})
+    rows = list(rotating._rows(Checkpoint.open(tmp_path), residual, torch.device("cpu")))
+    expected = [tensors["read"] * (1 + tensors["norm"]), tensors["write"].t()]
+    assert len(rows) == 2
+    for found, wanted in zip(rows, expected, strict=True):
+        torch.testing.assert_close(found, wanted / wanted.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_plain_and_a_rotated_run_share_no_measurement(
+    bits: int | None, sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """In one work folder, after a plain run, a rotated one ends as it does alone."""
+    changes: dict[str, Any] = {"quantizer__tune": 2, "budget__bits": bits}
+    if bits is None:
+        changes |= {"budget__avg_bits": 5.0, "allocation__refine": 0}
+    plain = recipe_of(sources("llama"), calibration_file, quantizer__rotate=False, **changes)
+    rotated = recipe_of(sources("llama"), calibration_file, **changes)
+    quantize_model(plain, out=tmp_path / "plain", work_dir=tmp_path / "shared")
+    quantize_model(rotated, out=tmp_path / "after", work_dir=tmp_path / "shared")
+    quantize_model(rotated, out=tmp_path / "alone", work_dir=tmp_path / "own")
+    assert digests(tmp_path / "after") == digests(tmp_path / "alone")
+    for kind in ("metric", "measure") if bits is None else ("metric",):
+        assert len(list((tmp_path / "shared").glob(f"*/{kind}-*"))) == 2
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both", "both, different"])
+def test_however_a_shared_head_is_stored(
+    stored: str, sources: Callable[[str], Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Where both are stored and differ, transformers shares nothing, whatever the config says."""
+    source = tmp_path / "source"
+    shutil.copytree(sources("qwen2"), source)
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    other = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)) / 10
+    if stored != "head":
+        tensors["model.embed_tokens.weight"] = embedding
+    if stored != "embedding":
+        tensors["lm_head.weight"] = other if "different" in stored else embedding.clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    summary = quantize_model(recipe_of(source, calibration_file, budget__bits=8), out=tmp_path / "out")
+    assert summary["source_nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    loaded = LlmmpqForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    with torch.no_grad():
+        one, two = (model(tiny.token_ids()).logits.log_softmax(-1) for model in (original, loaded))
+    assert (one.exp() * (one - two)).sum(-1).mean() < 0.01
+
+
+def test_a_config_of_several_parts_says_of_each_that_nothing_is_shared() -> None:
+    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "hidden_size": 8}, "x": [1]}
+    _untie(config)
+    assert config == {
+        "tie_word_embeddings": False,
+        "text_config": {"tie_word_embeddings": False, "hidden_size": 8},
+        "x": [1],
+    }
 
 
 @pytest.mark.parametrize("name", TIED)

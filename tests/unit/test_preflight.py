@@ -177,6 +177,14 @@ def test_rows_that_may_not_wait_in_memory_need_less_of_it(model):
     assert learning_nbytes(open_session(recipe_for(model))) == 0
 
 
+def test_what_stays_at_16_bits_is_learned_from_too(model):
+    every, some = (
+        learning_nbytes(open_session(recipe_for(model, quantizer__rotate=True, output__keep=keep)))
+        for keep in ([], ["self_attn.*", "gate_proj"])
+    )
+    assert every == some
+
+
 @pytest.fixture
 def events(monkeypatch):
     """A GPU in name only: what is computed, waited for and timed is written down."""
