@@ -176,7 +176,7 @@ RECIPE_FLAGS: Mapping[str, tuple[tuple[str, ...], Any]] = {
             bool,
             "--rotate/--no-rotate",
             panel=QUANTIZER,
-            text="Turn the residual stream first: predictions stay as they are, up to rounding, and weights are easier to "
+            text="Turn the residual stream first: up to rounding no prediction changes, and weights are easier to "
             "quantize. A shared output head gets weights of its own.",
         ),
     ),

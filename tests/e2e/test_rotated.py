@@ -169,9 +169,7 @@ def test_what_16_bits_cannot_hold_once_it_is_rotated_is_found_early(calibration_
     tensors["lm_head.weight"] *= 400
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     progress = Recorder()
-    with pytest.raises(
-        CheckpointError, match=r"'lm_head.weight', rotated, reaches .* float16 holds: leave out --rotate"
-    ):
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight', rotated, .*float16 holds: leave out --rotate"):
         quantize_model(recipe_of(source, calibration_file), out=tmp_path / "out", progress=progress)
     assert "quantize" not in progress.tasks
 
