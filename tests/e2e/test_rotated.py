@@ -270,6 +270,7 @@ def test_a_shared_head_gets_weights_of_its_own(
     head, embedding = (stored[f"{key}.weight"] for key in ("lm_head", "model.embed_tokens"))
     assert (head.dtype, head.shape) == (embedding.dtype, embedding.shape) == ("BF16", (tiny.VOCAB, tiny.HIDDEN))
     assert head.data != embedding.data
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert summary["total_nbytes"] == sum(len(tensor.data) for tensor in stored.values())
     assert summary["source_nbytes"] == sum(len(tensor.data) for tensor in raw_tensors(source).values())
     ids = tiny.token_ids()
