@@ -18,6 +18,9 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 
 from llmmpq import quantizing, rotating
@@ -249,7 +252,39 @@ def test_however_a_shared_head_is_stored(
     assert (one.exp() * (one - two)).sum(-1).mean() < 0.01
 
 
-def test_a_config_of_several_parts_says_of_each_that_nothing_is_shared() -> None:
+def test_a_config_of_several_parts(calibration_file: Path, tmp_path: Path) -> None:
+    """What is said of the text's part counts: a head that is packed must not be said to be shared."""
+    shared = {"vocab_size": tiny.VOCAB, "hidden_size": tiny.HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    text = Qwen3_5TextConfig(
+        **shared,
+        **linear,
+        **tiny.SPECIAL,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        layer_types=["linear_attention", "full_attention"],
+        tie_word_embeddings=True,
+    )
+    source = tmp_path / "source"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original = Qwen3_5ForCausalLM(text).eval()
+    original.save_pretrained(source)
+    tiny.tokenizer(source)
+    Qwen3_5Config(text_config=text.to_dict()).save_pretrained(source)
+    assert json.loads((source / "config.json").read_text())["text_config"]["tie_word_embeddings"]
+    recipe = recipe_of(source, calibration_file, budget__bits=8, allocation__head_bits=8)
+    quantize_model(recipe, out=tmp_path / "out")
+    loaded = LlmmpqForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    with torch.no_grad():
+        one, two = (model(tiny.token_ids()).logits.log_softmax(-1) for model in (original, loaded))
+    assert (one.exp() * (one - two)).sum(-1).mean() < 0.01
+
+
+def test_every_part_of_a_config_says_of_each_that_nothing_is_shared() -> None:
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "hidden_size": 8}, "x": [1]}
     _untie(config)
     assert config == {
