@@ -12,7 +12,7 @@ SHARED = """--avg-bits --max-size --fit-vram --context --sequences
 --recipe --revision --calib --tokens --window --seed --method --refine
 --widths --head-bits --layer-only --group-bits --fuse --no-fuse --pin --keep
 --quantizer --group-size --symmetric --asymmetric --scale-dtype --sweeps --sequential --no-sequential --correction
---tune --device --dtype
+--rotate --no-rotate --tune --device --dtype
 --activations --batch --threads --max-shard-size --out --work-dir --quiet --json"""
 FLAGS = {
     "quantize": f"{SHARED} --bits --overwrite --plan --push-to-hub --private",

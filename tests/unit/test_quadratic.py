@@ -160,7 +160,7 @@ def test_equal_input_gives_an_equal_answer():
     assert first == second
 
 
-@pytest.mark.parametrize(("num_units", "seed"), [(12, 0), (24, 1)])
+@pytest.mark.parametrize(("num_units", "seed"), [(12, 0), (12, 1)])
 def test_equal_to_scip(num_units, seed):
     pytest.importorskip("pyscipopt", reason="SCIP is installed with the dev extra, on Linux")
     program = bench.draw_program(num_units, bits=(2.0, 3.0, 4.0, 8.0), average=3.0, seed=seed)
