@@ -17,6 +17,7 @@ import pytest
 
 from llmmpq.cli import main
 from llmmpq.recipe import Recipe
+from llmmpq.workdir import Stage
 
 PACKED_KEYS = ("words", "scales", "zeros", "order", "scale_base")
 GROUP_SIZE = 28  # divides no input size of the tiny models
@@ -49,6 +50,23 @@ class Recorder:
                 raise Interrupted(f"at step {self.num_steps}, {label}")
 
         yield advance
+
+
+@contextmanager
+def interrupted_after(patch: pytest.MonkeyPatch, stage: str, name: str) -> Iterator[None]:
+    """The run inside ends as soon as `name` is written into the folder of that stage."""
+    write: Callable[..., Any] = Stage.write
+
+    def interrupting(self: Stage, written: str, *args: Any, **options: Any) -> Any:
+        result = write(self, written, *args, **options)
+        if written == name and self.folder.name.startswith(stage):
+            raise Interrupted(f"after {name} of {stage}")
+        return result
+
+    with patch.context() as scoped:
+        scoped.setattr(Stage, "write", interrupting)
+        with pytest.raises(Interrupted):
+            yield
 
 
 def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:

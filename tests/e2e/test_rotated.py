@@ -36,9 +36,8 @@ from llmmpq.progress import Silent
 from llmmpq.quantize import rotation
 from llmmpq.recipe import Recipe
 from llmmpq.session import open_session
-from llmmpq.workdir import Stage
 from tests import tiny
-from tests.e2e.running import Interrupted, Recorder, digests, raw_tensors, run_here, tiny_recipe
+from tests.e2e.running import Recorder, digests, interrupted_after, raw_tensors, run_here, tiny_recipe
 
 OTHERS = {
     "gemma": (GemmaForCausalLM, GemmaConfig, {"intermediate_size": 120, "head_dim": 16, "tie_word_embeddings": True}),
@@ -385,19 +384,9 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write: Callable[..., Any] = Stage.write
-
-    def interrupting(self: Stage, name: str, *args: Any, **options: Any) -> Any:
-        result = write(self, name, *args, **options)
-        if name == after and self.folder.name.startswith(stage):
-            raise Interrupted
-        return result
-
     recipe = recipe_of(sources("qwen2"), calibration_file, quantizer__tune=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "write", interrupting)
-        with pytest.raises(Interrupted):
-            quantize_model(recipe, out=tmp_path / "one")
+    with interrupted_after(monkeypatch, stage, after):
+        quantize_model(recipe, out=tmp_path / "one")
     quantize_model(recipe, out=tmp_path / "one")
     quantize_model(recipe, out=tmp_path / "deep" / "two")
     assert digests(tmp_path / "one") == digests(tmp_path / "deep" / "two")

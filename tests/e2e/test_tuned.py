@@ -11,7 +11,7 @@ from llmmpq.pipeline import quantize_model
 from llmmpq.recipe import Recipe
 from llmmpq.workdir import Stage
 from tests import tiny
-from tests.e2e.running import Interrupted, digests, run_here, tiny_recipe
+from tests.e2e.running import digests, interrupted_after, run_here, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,9 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write: Callable[..., Any] = Stage.write
-
-    def interrupting(self: Stage, name: str, *args: Any, **options: Any) -> Any:
-        result = write(self, name, *args, **options)
-        if name == after and self.folder.name.startswith(stage):
-            raise Interrupted
-        return result
-
     recipe = recipe_of(model, calibration_file)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "write", interrupting)
-        with pytest.raises(Interrupted):
-            quantize_model(recipe, out=tmp_path / "out")
+    with interrupted_after(monkeypatch, stage, after):
+        quantize_model(recipe, out=tmp_path / "out")
     quantize_model(recipe, out=tmp_path / "out")
     assert digests(tmp_path / "out") == digests(reference)
 
