@@ -2,8 +2,8 @@
 
 Two passes over the blocks. The first, over the original, finds which weights a rotation changes and notes the states
 between the blocks; the second, when the rotation is learned, goes through the rotated model and compares: where its
-states are not the original's, turned, or its predictions others, the model is refused. All later stages read rotated
-weights.
+states are not the original's, turned, or its predictions others, the model is refused before anything is measured. All
+later stages read rotated weights.
 """
 
 from __future__ import annotations
