@@ -3,9 +3,9 @@
 Memory is counted from what the stream really holds at its peak: one block in the compute dtype (twice, when the
 original is followed beside the quantized one), the second moments and factor of the widest input, the states, the
 packed options of a block that is measured around a plan, and the states of all candidates where they are measured by
-the model's output (on a GPU they may fit there instead); before all that, what learning a rotation holds. Time is the number of multiplications over a rate measured on
-the spot, in float32 as the quantizer computes; a GPU runs the blocks themselves faster in 16 bits. It is an estimate
-and says so.
+the model's output (on a GPU they may fit there instead); before all that, what learning a rotation holds. Time is the
+number of multiplications over a rate measured on the spot, in float32 as the quantizer computes; a GPU runs the blocks
+themselves faster in 16 bits. It is an estimate and says so.
 """
 
 from __future__ import annotations
