@@ -21,7 +21,6 @@ from llmmpq.workdir import Stage
 
 PACKED_KEYS = ("words", "scales", "zeros", "order", "scale_base")
 GROUP_SIZE = 28  # divides no input size of the tiny models
-COMMAND = [sys.executable, "-m", "llmmpq"]
 
 
 class Interrupted(Exception):
@@ -101,11 +100,10 @@ def run_here(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
     return Outcome(code, *capsys.readouterr())
 
 
-def run_apart(arguments: Sequence[object], **options: Any) -> Outcome:
+def run_apart(arguments: Sequence[object]) -> Outcome:
     """`python -m llmmpq ARGUMENTS`."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
-    )
+    command = [sys.executable, "-m", "llmmpq", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

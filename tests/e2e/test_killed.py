@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,8 @@ import torch
 
 from llmmpq.cli import main
 from tests import tiny
-from tests.e2e.running import COMMAND, digests, leftovers, run_here
+from tests.e2e.forked import Process, wait_for
+from tests.e2e.running import digests, leftovers, run_here
 
 WAIT_S = 60.0
 
@@ -44,13 +43,8 @@ def test_killed_and_continued(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    command = [*COMMAND, *_arguments(model, calibration_file, out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + WAIT_S
-    while not list(out.parent.glob(".llmmpq-work/*/quantize-*/block-0000.safetensors")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = Process(_arguments(model, calibration_file, out))
+    wait_for(out.parent, ".llmmpq-work/*/quantize-*/block-0000.safetensors", process, timeout=WAIT_S)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=WAIT_S)
     if how == signal.SIGINT:

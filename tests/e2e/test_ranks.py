@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from tests import tiny
-from tests.e2e.running import COMMAND, GROUP_SIZE, bits_of, digests, leftovers, raw_tensors, read_plan, run_here
+from tests.e2e.forked import Process, wait_for
+from tests.e2e.running import GROUP_SIZE, bits_of, digests, leftovers, raw_tensors, read_plan, run_here
 
 WINDOW = 48
 NUM_WINDOWS, PROBE_WINDOWS = 9, 3  # one process gets one more
@@ -68,20 +68,19 @@ def run_two(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def start_two(*arguments: object) -> list[subprocess.Popen[str]]:
+def start_two(*arguments: object) -> list[Process]:
     """Without torchrun, which ends all processes as soon as one has ended."""
-    shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [*COMMAND, *map(str, arguments)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [Process(arguments, environment=rank) for rank in ranks]
+
+
+def finish_two(*arguments: object) -> str:
+    """What a run of two that goes well says on stdout."""
+    processes = start_two(*arguments)
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return "".join(stdout for stdout, _ in said)
 
 
 def measured(work: Path, stage: str) -> tuple[dict[str, object], np.ndarray, np.ndarray, np.ndarray]:
@@ -138,8 +137,7 @@ def test_two_processes_rotate_as_one_does(
     def arguments(out: Path) -> list[object]:
         return ["quantize", model, "--recipe", recipe, "--bits", 3, "--rotate", "--out", out, "--quiet"]
 
-    done = run_two(*arguments(tmp_path / "two" / "out"))
-    assert done.returncode == 0, done.stderr
+    finish_two(*arguments(tmp_path / "two" / "out"))
     assert run_here(arguments(tmp_path / "one" / "out"), capsys).code == 0
     one, two = (tmp_path / name / "out" for name in ("one", "two"))
     assert read_plan(one)["provenance"]["rotation"] == read_plan(two)["provenance"]["rotation"]
@@ -153,9 +151,8 @@ def test_local_losses_of_shares_of_different_sizes(
     arguments += ["--quantizer", "rtn", "--tokens", 5 * WINDOW]
     one = run_here([*arguments, "--out", tmp_path / "one" / "plans"], capsys)
     assert one.code == 0, one.stderr
-    two = run_two(*arguments, "--out", tmp_path / "two" / "plans")
-    assert two.returncode == 0, two.stderr
-    plans = [json.loads(outcome.stdout)["plans"][0] for outcome in (one, two)]
+    two = finish_two(*arguments, "--out", tmp_path / "two" / "plans")
+    plans = [json.loads(said)["plans"][0] for said in (one.stdout, two)]
     assert plans[0]["linears"] == plans[1]["linears"]
     assert plans[1]["predicted_loss"] == pytest.approx(plans[0]["predicted_loss"], rel=1e-3)
     assert plans[1]["predicted_loss"] > 0
@@ -188,11 +185,7 @@ def test_a_mistake_ends_both_with_one_line(
 def test_no_process_waits_for_one_that_died_and_the_run_continues(model: Path, recipe: Path, tmp_path: Path) -> None:
     arguments = ["quantize", model, "--recipe", recipe, "--out", tmp_path / "out", "--bits", 4, "--tokens", 40 * WINDOW]
     first, second = start_two(*arguments)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".llmmpq-work/*/quantize-*/block-0000.safetensors")):
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(tmp_path, ".llmmpq-work/*/quantize-*/block-0000.safetensors", first, timeout=120)
     second.kill()
     second.communicate(timeout=60)
     _, stderr = first.communicate(timeout=60)
@@ -202,6 +195,4 @@ def test_no_process_waits_for_one_that_died_and_the_run_continues(model: Path, r
     ]
     assert not (tmp_path / "out").exists()
 
-    again = run_two(*arguments, "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["resumed_blocks"] >= 1
+    assert json.loads(finish_two(*arguments, "--json"))["resumed_blocks"] >= 1

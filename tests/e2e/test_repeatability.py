@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(model: Path, calibration_file: Path) -> Recipe:
-    return tiny_recipe(model, calibration_file)
+    return tiny_recipe(model, calibration_file, allocation__widths=[3, 8], allocation__profiles=[6.0])
 
 
 @pytest.fixture(scope="module")
