@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmmpq.measure.moments import Moment
+from llmmpq.measure.output_metric import BlockMetric, mixed_metric, row_pieces
 from llmmpq.model.landing import Landing, errors_where_it_lands, landing_of
 from llmmpq.model.stream import Block
 from llmmpq.quantize.correct import corrected_weight, correction_target
@@ -37,7 +38,9 @@ class ExecuteSettings:
     sequential: bool
     correction: float
     correct_stream: bool = True  # what has gone wrong where the output is added, or with the layer's own output only
+    shape_errors: bool = False  # by the metric of each linear's output, across its rows
     tune: int = 0  # steps
+    tune_by_output: bool = True  # the block's error weighed by its metric, or squared as it is
 
     @property
     def corrects(self) -> bool:
@@ -46,6 +49,10 @@ class ExecuteSettings:
     @property
     def corrects_stream(self) -> bool:
         return self.corrects and self.correct_stream
+
+    @property
+    def needs_metric(self) -> bool:
+        return (self.shape_errors and self.use_gptq) or (self.tune > 0 and self.tune_by_output)
 
     @property
     def follow_original(self) -> bool:
@@ -68,12 +75,12 @@ def quantize_block(
     *,
     on_linear: Callable[[LinearSpec], None],
     options: Mapping[str, Sequence[Scheme]] | None = None,
-    metric_DD: torch.Tensor | None = None,
+    metric: BlockMetric | None = None,
 ) -> BlockResult:
     """Quantize every linear of the block; on return its weights are what the next block must see.
 
-    With `options`, each linear is also quantized in the schemes it might have had, on the same inputs. `metric_DD` is
-    what tuning measures the block's error in; without it the error is squared as it is.
+    With `options`, each linear is also quantized in the schemes it might have had, on the same inputs. `metric` says
+    how much each output matters, where the settings need it; an output head has none.
     """
     packed: dict[str, PackedTensor] = {}
     notes: dict[str, dict[str, object]] = {}
@@ -101,12 +108,16 @@ def quantize_block(
             weight = originals[spec.name]
             if factor is not None and spec.name in targets:
                 weight = corrected_weight(weight, targets.pop(spec.name), factor, share=settings.correction)
+            pieces = None
+            if settings.shape_errors and factor is not None:
+                pieces = row_pieces(metric, spec.name, block.device)
             quantizer = LinearQuantizer(
                 weight,
                 importance_K=importance_K,
                 factor=factor,
                 column_block=settings.column_block,
                 sweeps=settings.sweeps,
+                pieces=pieces,
             )
             quantized = quantizer.quantize(plan.linears[spec.name].scheme, to_be_tuned=to_be_tuned)
             if quantized.rounded is not None:
@@ -119,6 +130,8 @@ def quantize_block(
                 if scheme != plan.linears[spec.name].scheme
             }
             notes[spec.name] = _note(quantized.algorithm, settings, factor, moment, trace)
+            if factor is not None and settings.shape_errors and pieces is None and not block.is_head:
+                notes[spec.name]["unshaped"] = "no gradient of the calibration text reached it"
             if landing is not None:
                 notes[spec.name]["corrects"] = f"input of {landing.module}" if landing.module else "output of the block"
             if settings.sequential:
@@ -138,6 +151,9 @@ def quantize_block(
                 block.linear(spec).weight.data = dequantized(quantized.packed, weight.dtype)
             on_linear(spec)
     if rounded:
+        metric_DD = None
+        if metric is not None and settings.tune_by_output:
+            metric_DD = mixed_metric(metric.output_DD.to(block.device))
         tuned = tune_block(block, rounded, steps=settings.tune, metric_DD=metric_DD)
         _take(tuned, block, list(rounded), settings, packed=packed, notes=notes)
     order = [spec.name for spec in block.linears]
@@ -239,5 +255,6 @@ def fallbacks(notes: Sequence[tuple[str, dict[str, object]]]) -> list[str]:
         for name, note in notes
         if "uncorrected_tokens" in note
     ]
+    sentences += [f"{name}: rows share no errors: {note['unshaped']}" for name, note in notes if "unshaped" in note]
     sentences += [f"{name}: not tuned: {note['untuned']}" for name, note in notes if "untuned" in note]
     return sentences

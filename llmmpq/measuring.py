@@ -21,6 +21,7 @@ from llmmpq.measure.candidates import MeasureSettings, candidates_of
 from llmmpq.measure.pairs import Candidates, LoadedModel, count_passes, to_gram
 from llmmpq.measure.perturb import Perturbations, expected_forwards
 from llmmpq.measure.reliability import reliability_of
+from llmmpq.metric import load_metric, metric_stage
 from llmmpq.model.stream import Block
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.linear import dequantized
@@ -90,11 +91,14 @@ def measure_pairs(job: Job) -> Sensitivity:
     warnings: list[str] = []
 
     def candidates(block: Block) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
-        for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
+        metric = load_metric(metrics, block)
+        for spec, position, packed in candidates_of(block, options, settings, warnings=warnings, metric=metric):
             rows.append((spec.name, options[spec.name][position]))
             yield spec, dequantized(packed, block.original_weights[spec.name].dtype)
 
     per_block = _options_per_block(job, options)
+    # Measured before the blocks are streamed: both put weights into the same modules.
+    metrics = _metrics(job)
     stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
@@ -140,6 +144,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     is_final = dtype == job.session.dtype and not job.session.recipe.quantizer.tune
     finished = quantize_stage(job, plan) if is_final else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
+    metrics = metric_stage(job) if settings.needs_metric else None
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
@@ -155,7 +160,10 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
                     if settings.sequential and known_block is not None:
                         apply_result(block, known_block)
                     continue
-                result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
+                metric = load_metric(metrics, block)
+                result = quantize_block(
+                    block, plan, settings, on_linear=lambda _spec: None, options=options, metric=metric
+                )
                 save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
                 if not block.is_head:
@@ -179,12 +187,14 @@ def measure_every_pair(job: Job) -> Sensitivity:
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
     settings, warnings = measure_settings(job), list[str]()
+    metrics = _metrics(job)
     stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
         for block in stream:
             blocks.append(block)
-            for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
+            metric = load_metric(metrics, block)
+            for spec, position, packed in candidates_of(block, options, settings, warnings=warnings, metric=metric):
                 weights[spec.name, position] = dequantized(packed, block.original_weights[spec.name].dtype)
         candidates, num_rows = [], 0
         for spec in linears:
@@ -229,6 +239,12 @@ def measure_every_pair(job: Job) -> Sensitivity:
     )
     rows = [(spec.name, scheme) for spec in linears for scheme in options[spec.name]]
     return _finished(job, stage, found, rows, [*warnings, *said], around=None)
+
+
+def _metrics(job: Job) -> Stage | None:
+    """What candidates need to be quantized as the plan's linears will be."""
+    recipe = job.session.recipe
+    return metric_stage(job) if recipe.measurement.quantizer == "gptq" and recipe.quantizer.shape_errors else None
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:

@@ -1,4 +1,4 @@
-"""The output metric of a session's blocks, measured once for its calibration tokens and kept in the work folder."""
+"""The output metric of a session's blocks and linears, measured once and kept in the work folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import torch
 
 from llmmpq.errors import CheckpointError
 from llmmpq.job import Job
-from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS, measure_output_metric, num_passes
+from llmmpq.measure.output_metric import (
+    NUM_DRAWS,
+    PIECE,
+    PIECE_OF_WIDE,
+    TOKENS,
+    BlockMetric,
+    measure_output_metric,
+    num_passes,
+)
 from llmmpq.measure.states import Place, StateStore
-from llmmpq.model.stream import BlockStream
+from llmmpq.model.stream import Block, BlockStream
 from llmmpq.session import Session
 from llmmpq.workdir import Stage
+
+OUTPUT = "output"  # the block's own, beside those of its linears
 
 
 def metric_stage(job: Job) -> Stage:
@@ -42,18 +52,31 @@ def metric_stage(job: Job) -> Stage:
                 stream,
                 store,
                 on_pass=lambda: advance(1),
-                save=lambda index, metric_DD: stage.save_block(index, {}, {"metric": metric_DD}),
+                save=lambda index, metric: stage.save_block(index, {}, _tensors(metric)),
             )
     finally:
         store.close()
     return stage
 
 
-def load_metric(stage: Stage, index: int) -> torch.Tensor:
-    loaded = stage.load_block(index)
+def load_metric(stage: Stage | None, block: Block) -> BlockMetric | None:
+    """None without a stage, and for an output head."""
+    if stage is None or block.is_head:
+        return None
+    loaded = stage.load_block(block.index)
     if loaded is None:
-        raise CheckpointError(f"{stage.block_file(index)} vanished or was damaged: run the same command again")
-    return loaded[1]["metric"]
+        raise CheckpointError(f"{stage.block_file(block.index)} vanished or was damaged: run the same command again")
+    tensors = dict(loaded[1])
+    output_DD = tensors.pop(OUTPUT)
+    linears: dict[str, list[torch.Tensor]] = {}
+    for key in sorted(tensors, key=lambda key: int(key.rpartition(":")[2])):
+        linears.setdefault(key.rpartition(":")[0], []).append(tensors[key])
+    return BlockMetric(output_DD=output_DD, linears=linears)
+
+
+def _tensors(metric: BlockMetric) -> dict[str, torch.Tensor]:
+    pieces = {f"{name}:{n}": piece for name, found in metric.linears.items() for n, piece in enumerate(found)}
+    return {OUTPUT: metric.output_DD, **pieces}
 
 
 def _num_windows(session: Session, num_windows: int) -> int:
@@ -69,6 +92,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "metric settings": {
             "tokens": TOKENS,
             "draws": NUM_DRAWS,
+            "pieces": [PIECE, PIECE_OF_WIDE],
             "dtype": str(job.session.measuring_dtype).removeprefix("torch."),
         },
         "numerics": job.session.numerics(),

@@ -27,12 +27,12 @@ from llmmpq.allocate.problem import Problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
 from llmmpq.errors import CalibrationError, CheckpointError, InfeasibleBudgetError, RecipeError
-from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS
+from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS, piece_sizes
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.descent import CHUNK_ELEMENTS
-from llmmpq.records import Scheme
+from llmmpq.records import LinearSpec, Scheme
 from llmmpq.rotating import learning_nbytes, rotation_multiplications, rotation_nbytes
 from llmmpq.selfmade import check_self_calibration
 from llmmpq.session import Session
@@ -222,9 +222,14 @@ def _work_nbytes(session: Session) -> int:
     rounding = COPIES_OF_MOMENT * 4 * widest**2 + 14 * largest
     if recipe.quantizer.sweeps:
         rounding += DESCENT_NBYTES_PER_WEIGHT * min(largest, CHUNK_ELEMENTS)
+    if _shapes(session):
+        # The rows that are still to come; G of all rows, mixed, and its factor; G of the whole block as it was read.
+        pieces = max(_pieces_numbers([spec]) for spec in session.skeleton.linears)
+        rounding += 4 * largest + 4 * (3 * pieces + max(map(_pieces_numbers, _blocks(session))))
     if recipe.quantizer.tune:
         rounding = max(rounding, TUNING_NBYTES_PER_WEIGHT * weights)
-    return (1 + recipe.quantizer.sequential) * weights * itemsize + rounding
+    quantizing = (1 + recipe.quantizer.sequential) * weights * itemsize + rounding
+    return max(quantizing, weights * session.measuring_dtype.itemsize + _metric_pass_nbytes(session))
 
 
 def _options_nbytes(session: Session) -> int:
@@ -245,8 +250,28 @@ def _states_nbytes(session: Session) -> int:
 
 
 def metric_nbytes(session: Session) -> int:
-    """What the output metric of all blocks takes in the work folder."""
-    return 4 * len(session.skeleton.block_names) * session.hidden_size**2 if _metric_tokens(session) else 0
+    """What the output metric of all blocks and their linears takes in the work folder."""
+    if not _metric_tokens(session):
+        return 0
+    return sum(4 * (session.hidden_size**2 + _pieces_numbers(specs)) for specs in _blocks(session))
+
+
+def _metric_pass_nbytes(session: Session) -> int:
+    """Beside the weights of a block: the gradients of all windows, and the sums of a block's linears in float64."""
+    tokens = _metric_tokens(session)
+    if not tokens:
+        return 0
+    sums = max(map(_pieces_numbers, _blocks(session)))
+    return NUM_DRAWS * tokens * session.hidden_size * session.measuring_dtype.itemsize + 8 * sums
+
+
+def _blocks(session: Session) -> list[list[LinearSpec]]:
+    """Without the head, which has no metric."""
+    return session.skeleton.linears_by_block[: len(session.skeleton.block_names)]
+
+
+def _pieces_numbers(specs: Sequence[LinearSpec]) -> int:
+    return sum(size**2 for spec in specs for size in piece_sizes(spec.shape[0]))
 
 
 def _metric_states_nbytes(session: Session) -> int:
@@ -254,9 +279,15 @@ def _metric_states_nbytes(session: Session) -> int:
     return len(session.skeleton.block_names) * _metric_tokens(session) * session.hidden_size * itemsize
 
 
+def _shapes(session: Session) -> bool:
+    recipe = session.recipe
+    by_gptq = recipe.quantizer.algorithm == "gptq" or (_is_measured(session) and recipe.measurement.quantizer == "gptq")
+    return recipe.quantizer.shape_errors and by_gptq
+
+
 def _metric_tokens(session: Session) -> int:
     quantizer = session.recipe.quantizer
-    if not quantizer.tune or quantizer.tune_metric == "plain":
+    if not _shapes(session) and (not quantizer.tune or quantizer.tune_metric == "plain"):
         return 0
     return min(TOKENS, session.recipe.calibration.tokens)
 
@@ -281,8 +312,9 @@ def _estimate_seconds(session: Session) -> float | None:
         weights = sum(spec.num_weights for spec in specs)
         passes = 6 if recipe.quantizer.correction > 0 else 4
         total += passes * tokens * weights
-        # Forward twice, and backward to inputs.
+        # Forward twice, and backward to inputs; products of gradients.
         total += (2 + NUM_DRAWS) * _metric_tokens(session) * weights
+        total += NUM_DRAWS * _metric_tokens(session) * _pieces_numbers(specs) / 2
         # Forward, and backward to inputs and to weights.
         total += 3 * recipe.quantizer.tune * max(TOKENS_PER_STEP, recipe.calibration.window) * weights
         moments = sum(spec.shape[1] ** 2 for spec in specs)
@@ -293,6 +325,8 @@ def _estimate_seconds(session: Session) -> float | None:
             if _is_measured(session):
                 num_gptqs += _num_rounds(session) * _count_gptqs(options[spec.name], sweeps=sweeps)
             total += num_gptqs * spec.num_weights * spec.shape[1]
+            if _shapes(session):  # each part of the rows moves its error into those after it
+                total += num_gptqs * piece_sizes(spec.shape[0])[0] * spec.num_weights / 2
         if _is_measured(session):
             total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.

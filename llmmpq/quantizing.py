@@ -10,7 +10,6 @@ import torch
 
 from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, quantize_block
 from llmmpq.job import Job
-from llmmpq.measure.output_metric import mixed_metric
 from llmmpq.measure.perturb import Perturbations, Ride
 from llmmpq.measure.states import Place, StateStore
 from llmmpq.metric import load_metric, metric_stage
@@ -47,16 +46,14 @@ def quantize_blocks(
     settings = execute_settings(job.session)
     resumed, notes = 0, []
     # Measured before the blocks are streamed: both put weights into the same modules.
-    metrics = metric_stage(job) if settings.tune and job.session.recipe.quantizer.tune_metric == "output" else None
+    metrics = metric_stage(job) if settings.needs_metric else None
     stream = stream_of(job, follow_original=settings.follow_original, many=ride is not None)
     with job.progress.task("quantize", len(job.session.skeleton.linears), "layers") as advance:
         for block in stream:
             known = load_packed(stage, block.index, plan)
             if known is None:
-                metric_DD = None
-                if metrics is not None and not block.is_head:
-                    metric_DD = mixed_metric(load_metric(metrics, block.index).to(block.device))
-                result = quantize_block(block, plan, settings, on_linear=lambda _spec: advance(1), metric_DD=metric_DD)
+                metric = load_metric(metrics, block)
+                result = quantize_block(block, plan, settings, on_linear=lambda _spec: advance(1), metric=metric)
                 save_packed(job, stage, block.index, result)
             else:
                 result = known
@@ -155,7 +152,9 @@ def execute_settings(session: Session) -> ExecuteSettings:
         sequential=quantizer.sequential,
         correction=quantizer.correction,
         correct_stream=quantizer.correction_of == "stream",
+        shape_errors=quantizer.shape_errors,
         tune=quantizer.tune,
+        tune_by_output=quantizer.tune_metric == "output",
     )
 
 

@@ -164,6 +164,7 @@ class Quantizer(_Checked):
     correction_of: Literal["stream", "layer"] = "stream"  # the error where an output is added, or of the output alone
     column_block: Positive = 128
     sweeps: Annotated[int, Rule("from 0 to 100", lambda number: 0 <= number <= 100)] = 3  # of descent after GPTQ
+    shape_errors: bool = True  # across the rows of a matrix: away from what changes the model's output
     rotate: bool = False  # turn the residual stream, exactly, so that the weights that meet it are flatter
     tune: NotNegative = 0  # steps in which all linears of a block are tuned together, after they were quantized
     tune_metric: Literal["output", "plain"] = "output"  # of the block's error: by its effect on the model, or as it is

@@ -1,20 +1,20 @@
-"""How much each direction of a block's output matters to the model's output.
+"""How much each direction of an output matters to the model's output: of a block's, and of each of its linears'.
 
 In: the unchanged blocks and some calibration windows. Out: for each block G = E[g g'], where g is the gradient, by one
 token's output of the block, of sum_t log p(y_t): p are the model's own next-token probabilities at each position t of
 the window, y_t is drawn from them. As this is the Fisher information, an error e of that output costs about e'Ge / 2
 in KL, as far as the errors of different tokens do not meet. With the text's own tokens in place of draws it would be no
-curvature of the KL (Kunstner et al., 2019).
+curvature of the KL (Kunstner et al., 2019). The same of the output of every linear, in pieces where it is wide.
 
 One pass forward keeps the states between blocks. Norm and head give the gradients by the last block's output, a few
 tokens at a time; then the blocks come again from the last to the first, and each turns the gradients by its output into
-those by its input: one forward, and one pass backward for each draw. One block is in memory at a time. The states
-entering block 0 are nobody's output, so that block runs only forward.
+those by its input: one forward, and one pass backward for each draw. One block is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +23,7 @@ from llmmpq.measure.perturb import CHUNK_NUM_LOGITS
 from llmmpq.measure.states import StateStore
 from llmmpq.model.around import Around
 from llmmpq.model.stream import Block, BlockStream
+from llmmpq.quantize.shape import Piece, share_rows
 
 # Legend: T tokens, D hidden, V vocabulary, S draws.
 TOKENS = 4096
@@ -31,31 +32,74 @@ COPIES_OF_LOGITS = 8  # in float32: the logits, their probabilities, in float64 
 # Of G in what tuning minimises. The rest is the plain error: G is known from few tokens, and least where it is small.
 METRIC_SHARE = 0.9
 
-SaveMetric = Callable[[int, torch.Tensor], None]
+# A linear of up to so many outputs has one G (4 * outputs^2 bytes), one of up to twice as many two. Of a wider one,
+# which is the way into an MLP, little is lost with smaller pieces: docs/log.md.
+PIECE, PIECE_OF_WIDE = 4096, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMetric:
+    """G of a block's output, and of the outputs of its linears, by name: pieces of consecutive outputs.
+
+    A linear that no gradient reaches is absent.
+    """
+
+    output_DD: torch.Tensor
+    linears: Mapping[str, list[torch.Tensor]]
+
+
+SaveMetric = Callable[[int, BlockMetric], None]
 
 
 def measure_output_metric(
     stream: BlockStream, store: StateStore, *, on_pass: Callable[[], None], save: SaveMetric
 ) -> None:
-    """`save(l, G)` for each block, the last one first. `stream` has one window per batch, `store` a row per block."""
-    windows, last = range(len(stream.windows)), len(stream.skeleton.block_names) - 1
+    """`save` is called for each block, the last one first. One window per batch, in `store` a row per block."""
+    windows = range(len(stream.windows))
     _keep_outputs(stream, store, on_pass)
     gradients = [gradient.to(stream.states_device) for gradient in _by_last_output(stream, store, on_pass)]
-    save(last, _second_moment(stream, last, gradients))
-    if last == 0:
-        return
     for block in stream.backwards(lambda index: [store.read(window, _row(index - 1)) for window in windows]):
+        output_DD = _second_moment(stream, block.index, gradients)
+        moments = {spec.name: _Pieces(spec.shape[0], stream) for spec in block.linears}
         for window, state in enumerate(block.states):
-            gradients[window] = pull_back(block, state, gradients[window]).to(stream.states_device)
+            by_state, by_linears = pull_back(block, state, gradients[window])
+            gradients[window] = by_state.to(stream.states_device)
+            for name, gradient in by_linears:
+                moments[name].add(gradient)
+            del by_linears
             on_pass()
-        save(block.index - 1, _second_moment(stream, block.index - 1, gradients))
-        if block.index == 1:
-            break
+        found = {name: moment.means(name) for name, moment in moments.items()}
+        linears = {name: metrics for name, metrics in found.items() if metrics is not None}
+        save(block.index, BlockMetric(output_DD=output_DD, linears=linears))
+
+
+def piece_sizes(num_outputs: int) -> list[int]:
+    """Of how many outputs each G of a linear is."""
+    size = PIECE if num_outputs <= 2 * PIECE else PIECE_OF_WIDE
+    num_pieces = -(-num_outputs // size)
+    return [len(outputs) for outputs in torch.arange(num_outputs).tensor_split(num_pieces)]
+
+
+class _Pieces:
+    """Second moments of the gradients by one linear's output, piece by piece."""
+
+    def __init__(self, num_outputs: int, stream: BlockStream) -> None:
+        self.sizes, self.ranks = piece_sizes(num_outputs), stream.ranks
+        self.moments = [Moment(size, device=stream.device, ranks=stream.ranks) for size in self.sizes]
+
+    def add(self, gradient: torch.Tensor) -> None:
+        for moment, piece in zip(self.moments, gradient.split(self.sizes, dim=-1), strict=True):
+            moment.add(piece)
+
+    def means(self, name: str) -> list[torch.Tensor] | None:
+        """None where no process has seen a gradient."""
+        num_rows, _ = self.ranks.sum_numbers(min(moment.num_rows for moment in self.moments), 0)
+        return [moment.means(f"the output metric of {name}")[0] for moment in self.moments] if num_rows else None
 
 
 def num_passes(num_blocks: int, num_windows: int) -> int:
     """How often `on_pass` is called: forward, head, backward."""
-    return 2 * num_blocks * num_windows  # backward one block less, and the head
+    return (2 * num_blocks + 1) * num_windows
 
 
 def mixed_metric(metric_DD: torch.Tensor) -> torch.Tensor:
@@ -67,17 +111,33 @@ def mixed_metric(metric_DD: torch.Tensor) -> torch.Tensor:
     return identity_DD.mul_(1 - METRIC_SHARE).add_(metric_DD, alpha=METRIC_SHARE / mean)
 
 
-def pull_back(block: Block, state: torch.Tensor, gradients_STD: torch.Tensor) -> torch.Tensor:
-    """Gradients by the block's input from those by its output, for one sequence."""
+def row_pieces(metric: BlockMetric | None, name: str, device: torch.device) -> list[Piece] | None:
+    """How the rows of a linear share their errors; None where that is not known."""
+    found = None if metric is None else metric.linears.get(name)
+    return None if found is None else share_rows([mixed_metric(piece.to(device)) for piece in found])
+
+
+def pull_back(
+    block: Block, state: torch.Tensor, gradients_STD: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
+    """Gradients by the block's input from those by its output, for one sequence; and by what each linear gives."""
     state = state.detach().to(block.device).requires_grad_()
-    with torch.enable_grad():
-        output = block.call(state)
-    last = len(gradients_STD) - 1
-    found = [
-        torch.autograd.grad(output, state, gradient_TD[None].to(output), retain_graph=draw < last)[0]
-        for draw, gradient_TD in enumerate(gradients_STD)
-    ]
-    return torch.cat(found)
+    outputs: list[tuple[str, torch.Tensor]] = []
+    with torch.enable_grad(), block.with_outputs(lambda name, output: outputs.append((name, output))):
+        result = block.call(state)
+    last, by_state = len(gradients_STD) - 1, []
+    by_linears: list[tuple[str, torch.Tensor]] = []
+    for draw, gradient_TD in enumerate(gradients_STD):
+        first, *others = torch.autograd.grad(
+            result,
+            [state, *(output for _, output in outputs)],
+            gradient_TD[None].to(result),
+            retain_graph=draw < last,
+            allow_unused=True,
+        )
+        by_state.append(first)
+        by_linears += [(name, found) for (name, _), found in zip(outputs, others, strict=True) if found is not None]
+    return torch.cat(by_state), by_linears
 
 
 def draw_tokens(logits_TV: torch.Tensor, uniform_ST: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from llmmpq.ranks import ALONE, Ranks
 from llmmpq.records import LinearSpec
 
 InputHook = Callable[[LinearSpec, torch.Tensor], None]
+OutputHook = Callable[[str, torch.Tensor], None]
 
 
 @dataclass(kw_only=True)
@@ -91,6 +92,19 @@ class Block:
         ]
         try:
             yield from self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def with_outputs(self, hook: OutputHook) -> Iterator[None]:
+        """Shows `hook` what each linear gives, as it is called."""
+        handles = [
+            self.linear(spec).register_forward_hook(lambda _module, _args, output, name=spec.name: hook(name, output))
+            for spec in self.linears
+        ]
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -262,11 +276,12 @@ class BlockStream:
             yield from self._head(skeleton.head, states, original_states)
 
     def backwards(self, entering: Callable[[int], list[torch.Tensor]]) -> Iterator[Block]:
-        """The original blocks from the last to the first; `entering` knows the states that enter each of them."""
+        """The original blocks from the last to the first; `entering` knows the states that enter all but block 0."""
         keep_large_tensors_out_of_the_heap()
-        _, arguments, broadcasts = self._embed()
+        embedded, arguments, broadcasts = self._embed()
         for index in reversed(range(len(self.skeleton.block_names))):
-            block = self._open(index, entering(index), arguments[index], broadcasts=broadcasts)
+            states = entering(index) if index else embedded
+            block = self._open(index, states, arguments[index], broadcasts=broadcasts)
             try:
                 yield block
                 block.original_weights.clear()

@@ -44,6 +44,13 @@ class Grid:
         """Of each group."""
         return [float(2**bits - 1) for bits in self.widths_G.tolist()]
 
+    def values(self, codes_NK: torch.Tensor) -> torch.Tensor:
+        """What the codes stand for."""
+        size, num_columns = self.scheme.group_size, codes_NK.shape[1]
+        scales_NK = self.scales_NG.repeat_interleave(size, dim=1)[:, :num_columns]
+        zeros_NK = self.zeros_NG.repeat_interleave(size, dim=1)[:, :num_columns]
+        return (codes_NK - zeros_NK).mul_(scales_NK)
+
 
 def find_grid(
     weight_NK: torch.Tensor,

@@ -8,7 +8,7 @@ import torch
 from llmmpq.errors import CalibrationError
 from llmmpq.execute import ExecuteSettings, apply_result, fallbacks, quantize_block
 from llmmpq.measure.moments import Moment
-from llmmpq.measure.output_metric import mixed_metric
+from llmmpq.measure.output_metric import BlockMetric, mixed_metric
 from llmmpq.model.stream import BlockStream
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
@@ -362,9 +362,10 @@ def test_tuning_brings_a_block_closer_to_the_original_and_says_what_it_did(opene
 def test_tuning_lowers_the_error_that_the_metric_sees(opened):
     """Eight directions that the first block's output has, and nothing else, beside a little of all."""
     rows = torch.randn(8, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
-    metric = mixed_metric(rows.t() @ rows)
+    given = BlockMetric(output_DD=rows.t() @ rows, linears={})
+    metric = mixed_metric(given.output_DD)
     errors = []
-    for used in (None, metric):
+    for used in (None, given):
         blocks = iter(stream_of(opened(), settings_of(tune=1)))
         block = next(blocks)
         quantize_block(
@@ -372,7 +373,7 @@ def test_tuning_lowers_the_error_that_the_metric_sees(opened):
             plan_of(opened()[0]),
             settings_of(use_gptq=False, tune=60),
             on_linear=lambda _spec: None,
-            metric_DD=used,
+            metric=used,
         )
         with block.with_original_weights():
             targets = list(block.run(block.original_states))

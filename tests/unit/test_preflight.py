@@ -32,7 +32,9 @@ def model(tmp_path_factory):
 
 
 def recipe_for(model, **changes):
+    """Without shaped errors, which cost at several places, unless a test asks for them."""
     recipe = Recipe().override({"model": str(model), "budget.avg_bits": 5.0, "quantizer.group_size": 28})
+    recipe = recipe.override({"quantizer.shape_errors": False})
     return recipe.override({key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -97,15 +99,36 @@ def test_check_adds_what_one_disk_must_hold(model, disks, tmp_path):
 
 def test_the_output_metric_is_counted_where_it_is_measured(model, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight, "_multiplications_per_second", lambda device: 1e6)
-    plain, output, untuned = (
-        check(recipe_for(model, quantizer__tune=steps, quantizer__tune_metric=metric), out=tmp_path / "out")
-        for steps, metric in ((1, "plain"), (1, "output"), (0, "output"))
+    cases = [
+        {"tune": 1, "tune_metric": "plain"},
+        {"tune": 1},
+        {},
+        {"shape_errors": True},
+        {"shape_errors": True, "algorithm": "rtn"},
+    ]
+    plain, tuned, neither, shaped, rounded = (
+        check(recipe_for(model, **{f"quantizer__{key}": value for key, value in case.items()}), out=tmp_path / "out")
+        for case in cases
     )
-    num_blocks, hidden = plain["num_blocks"], tiny.HIDDEN
-    assert output["disk_nbytes"] - plain["disk_nbytes"] == 4 * num_blocks * hidden**2
-    assert output["ram_nbytes"] >= plain["ram_nbytes"]
-    assert output["seconds"] > plain["seconds"] > untuned["seconds"]
-    assert untuned["disk_nbytes"] == plain["disk_nbytes"]
+    blocks = open_session(recipe_for(model)).skeleton.linears_by_block
+    nbytes = 4 * sum(tiny.HIDDEN**2 + sum(spec.shape[0] ** 2 for spec in specs) for specs in blocks)
+    assert tuned["disk_nbytes"] - plain["disk_nbytes"] == nbytes
+    assert neither["disk_nbytes"] == plain["disk_nbytes"]
+    assert tuned["ram_nbytes"] >= plain["ram_nbytes"]
+    assert tuned["seconds"] > plain["seconds"] > neither["seconds"]
+    # Candidates are shaped, even where the plan's linears are rounded to nearest.
+    assert shaped["disk_nbytes"] - neither["disk_nbytes"] == rounded["disk_nbytes"] - neither["disk_nbytes"] == nbytes
+    assert shaped["seconds"] > neither["seconds"]
+    assert shaped["ram_nbytes"] > neither["ram_nbytes"]
+
+
+def test_nothing_is_measured_for_what_is_rounded(model, tmp_path):
+    changes = {"quantizer__algorithm": "rtn", "budget__avg_bits": None, "budget__bits": 3}
+    found = [
+        check(recipe_for(model, quantizer__shape_errors=shape, **changes), out=tmp_path / "out")["disk_nbytes"]
+        for shape in (True, False)
+    ]
+    assert found[0] == found[1]
 
 
 # Time

@@ -13,7 +13,7 @@ from llmmpq import cli, session
 from llmmpq.errors import CalibrationError, RecipeError
 from llmmpq.measure.block_loss import _num_probe_batches, _relative_error
 from llmmpq.measure.moments import Moment
-from llmmpq.measure.output_metric import measure_output_metric
+from llmmpq.measure.output_metric import BlockMetric, measure_output_metric
 from llmmpq.measure.perturb import _Sums
 from llmmpq.measure.states import StateStore
 from llmmpq.model.checkpoint import Checkpoint
@@ -237,14 +237,14 @@ def test_the_output_metric_is_that_of_all_windows(tmp_path):
     checkpoint, windows = Checkpoint.open(folder), tiny.token_ids(5, 12)
     skeleton = build_skeleton(folder, checkpoint)
 
-    def metric(ranks: Ranks) -> dict[int, torch.Tensor]:
+    def metric(ranks: Ranks) -> dict[int, BlockMetric]:
         stream = BlockStream(skeleton, checkpoint, windows, device=CPU, dtype=torch.float32, ranks=ranks)
         shapes = [(12, tiny.HIDDEN)] * len(stream.windows)
         rows = len(skeleton.block_names)
         store = StateStore(
             num_rows=rows, window_shapes=shapes, dtype=torch.float32, place="host", device=CPU, folder=tmp_path
         )
-        found: dict[int, torch.Tensor] = {}
+        found: dict[int, BlockMetric] = {}
         measure_output_metric(stream, store, on_pass=lambda: None, save=found.__setitem__)
         return found
 
@@ -253,7 +253,10 @@ def test_the_output_metric_is_that_of_all_windows(tmp_path):
     metric(one)
     shared = metric(two)
     for index, expected in alone.items():
-        assert torch.equal(shared[index], expected)
+        assert torch.equal(shared[index].output_DD, expected.output_DD)
+        assert list(shared[index].linears) == list(expected.linears)
+        for name, pieces in expected.linears.items():
+            assert all(map(torch.equal, shared[index].linears[name], pieces))
 
 
 class TestDevices:
