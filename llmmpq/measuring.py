@@ -79,7 +79,11 @@ def measure_locally(job: Job) -> Sensitivity:
 
 
 def measure_pairs(job: Job) -> Sensitivity:
-    """What each option does to the model's output, and every two of them together."""
+    """What each option does to the model's output, and every two of them together.
+
+    Candidates share no errors across their rows, unlike the plan's linears: that takes many times as long, and plans
+    came out no better (docs/log.md).
+    """
     options = job.session.options()
     stage = job.work.stage("measure", _inputs(job) | {"probe tokens": job.tokens.probe.digest})
     name_changes(stage, "measurement", job.progress)
@@ -91,14 +95,11 @@ def measure_pairs(job: Job) -> Sensitivity:
     warnings: list[str] = []
 
     def candidates(block: Block) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
-        metric = load_metric(metrics, block)
-        for spec, position, packed in candidates_of(block, options, settings, warnings=warnings, metric=metric):
+        for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
             rows.append((spec.name, options[spec.name][position]))
             yield spec, dequantized(packed, block.original_weights[spec.name].dtype)
 
     per_block = _options_per_block(job, options)
-    # Measured before the blocks are streamed: both put weights into the same modules.
-    metrics = _metrics(job)
     stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=True)
     try:
@@ -187,14 +188,12 @@ def measure_every_pair(job: Job) -> Sensitivity:
     check_every_pair(job.session)
     num_passes = count_passes(pair_sizes(job.session))
     settings, warnings = measure_settings(job), list[str]()
-    metrics = _metrics(job)
     stream = stream_of(job, follow_original=False, dtype=job.session.measuring_dtype, many=True, keep_loaded=True)
     try:
         blocks, weights = [], dict[tuple[str, int], torch.Tensor]()
         for block in stream:
             blocks.append(block)
-            metric = load_metric(metrics, block)
-            for spec, position, packed in candidates_of(block, options, settings, warnings=warnings, metric=metric):
+            for spec, position, packed in candidates_of(block, options, settings, warnings=warnings):
                 weights[spec.name, position] = dequantized(packed, block.original_weights[spec.name].dtype)
         candidates, num_rows = [], 0
         for spec in linears:
@@ -239,12 +238,6 @@ def measure_every_pair(job: Job) -> Sensitivity:
     )
     rows = [(spec.name, scheme) for spec in linears for scheme in options[spec.name]]
     return _finished(job, stage, found, rows, [*warnings, *said], around=None)
-
-
-def _metrics(job: Job) -> Stage | None:
-    """What candidates need to be quantized as the plan's linears will be."""
-    recipe = job.session.recipe
-    return metric_stage(job) if recipe.measurement.quantizer == "gptq" and recipe.quantizer.shape_errors else None
 
 
 def _blocks(job: Job) -> list[list[LinearSpec]]:
@@ -349,7 +342,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "quantizer settings": {
             key: value
             for key, value in recipe["quantizer"].items()
-            if key not in ("sequential", "correction", "algorithm", "tune", "tune_metric")
+            if key not in ("sequential", "correction", "algorithm", "shape_errors", "tune", "tune_metric")
         },
         "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
         "numerics": job.session.numerics(),

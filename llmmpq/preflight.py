@@ -280,9 +280,7 @@ def _metric_states_nbytes(session: Session) -> int:
 
 
 def _shapes(session: Session) -> bool:
-    recipe = session.recipe
-    by_gptq = recipe.quantizer.algorithm == "gptq" or (_is_measured(session) and recipe.measurement.quantizer == "gptq")
-    return recipe.quantizer.shape_errors and by_gptq
+    return session.recipe.quantizer.shape_errors and session.recipe.quantizer.algorithm == "gptq"
 
 
 def _metric_tokens(session: Session) -> int:
@@ -322,11 +320,13 @@ def _estimate_seconds(session: Session) -> float | None:
         total += 2 * tokens * moments + factors
         for spec in specs:
             num_gptqs = _count_gptqs((session.scheme(8),), sweeps=sweeps)
+            num_shaped = 1
             if _is_measured(session):
                 num_gptqs += _num_rounds(session) * _count_gptqs(options[spec.name], sweeps=sweeps)
+                num_shaped += (_num_rounds(session) - 1) * len(options[spec.name])
             total += num_gptqs * spec.num_weights * spec.shape[1]
             if _shapes(session):  # each part of the rows moves its error into those after it
-                total += num_gptqs * piece_sizes(spec.shape[0])[0] * spec.num_weights / 2
+                total += num_shaped * piece_sizes(spec.shape[0])[0] * spec.num_weights / 2
         if _is_measured(session):
             total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.

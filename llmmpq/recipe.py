@@ -140,7 +140,7 @@ class Measurement(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class Allocation(_Checked):
     method: Literal["iqp", "additive", "local", "uniform", "pairs"] = "iqp"
-    refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 1  # measured again around the plan
+    refine: Annotated[int, Rule("from 0 to 10", lambda number: 0 <= number <= 10)] = 0  # measured again around the plan
     target_gap: Annotated[float, Rule("from 0 to 1", lambda number: 0 <= number <= 1)] = 0.001
     widths: Widths = (2, 3, 4, 8)
     profiles: Profiles = (2.5, 3.5)  # mean bits of matrices whose groups have two of the widths

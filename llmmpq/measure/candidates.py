@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from llmmpq.measure.moments import Moment
-from llmmpq.measure.output_metric import BlockMetric, row_pieces
 from llmmpq.model.stream import Block
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, quantize_linear
@@ -37,14 +36,12 @@ def candidates_of(
     settings: MeasureSettings,
     *,
     warnings: list[str],
-    metric: BlockMetric | None = None,
     on_output: Callable[[int, torch.Tensor], None] = lambda position, output: None,
 ) -> Iterator[tuple[LinearSpec, int, PackedTensor]]:
     """(linear, position among its options, its codes), in the order of the block's inputs.
 
     Linears that no calibration token reaches come last, rounded to nearest. `on_output` is shown the block's output
     for each batch of the pass that collects the moments; a caller that swaps weights puts them back before going on.
-    With `metric` the rows of a linear share their errors.
     """
     groups = block.input_groups()
     unreached = [spec for spec in block.linears if all(spec not in group for group in groups)]
@@ -75,7 +72,6 @@ def candidates_of(
                 factor=factor,
                 column_block=settings.column_block,
                 sweeps=settings.sweeps,
-                pieces=None if factor is None else row_pieces(metric, spec.name, block.device),
             )
             for position, scheme in enumerate(options[spec.name]):
                 yield spec, position, quantizer.quantize(scheme).packed

@@ -79,6 +79,7 @@ def tiny_recipe(model: Path, calibration_file: Path, **changes: Any) -> Recipe:
             "calibration.window": 64,
             "measurement.tokens": 64,
             "allocation.profiles": [3.5, 6.0],
+            "allocation.refine": 1,
             "quantizer.group_size": GROUP_SIZE,
             "quantizer.sweeps": 1,
             "run.threads": 1,

@@ -37,7 +37,7 @@ def recipe(tmp_path: Path, calibration_file: Path) -> Path:
         f"calibration: {{source: {calibration_file}, tokens: {NUM_WINDOWS * WINDOW}, window: {WINDOW}}}\n"
         f"measurement: {{tokens: {PROBE_WINDOWS * WINDOW}}}\n"
         f"quantizer: {{group_size: {GROUP_SIZE}, sweeps: 1}}\n"
-        "allocation: {widths: [2, 4], profiles: [3.5]}\n"
+        "allocation: {widths: [2, 4], profiles: [3.5], refine: 1}\n"
         "run: {threads: 1}\n",
         encoding="utf-8",
     )

@@ -15,7 +15,6 @@ from llmmpq.errors import RecipeError
 from llmmpq.job import open_job
 from llmmpq.measure.candidates import candidates_of
 from llmmpq.measure.pairs import NON_FINITE_KL, LoadedModel, count_pairs, count_passes, to_gram
-from llmmpq.metric import load_metric, metric_stage
 from llmmpq.progress import Silent
 from llmmpq.quantize.linear import dequantized
 from llmmpq.quantizing import stream_of
@@ -66,10 +65,8 @@ def whole_models(recipe, tmp_path):
     with open_job(session, out=tmp_path / "out", work_dir=tmp_path / "other", progress=Silent()) as job:
         probe, options = job.tokens.probe.ids, session.options()
         made = {}
-        metrics, settings = metric_stage(job), measuring.measure_settings(job)
         for block in stream_of(job, follow_original=False, dtype=torch.float32, many=True):
-            metric = load_metric(metrics, block)
-            for spec, position, packed in candidates_of(block, options, settings, warnings=[], metric=metric):
+            for spec, position, packed in candidates_of(block, options, measuring.measure_settings(job), warnings=[]):
                 made[spec.name, position] = dequantized(packed, torch.float32)
         keys = [(spec.name, i) for spec in session.skeleton.linears for i in range(len(options[spec.name]))]
     model = AutoModelForCausalLM.from_pretrained(session.folder, dtype=torch.float64)

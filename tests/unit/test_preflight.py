@@ -116,19 +116,10 @@ def test_the_output_metric_is_counted_where_it_is_measured(model, monkeypatch, t
     assert neither["disk_nbytes"] == plain["disk_nbytes"]
     assert tuned["ram_nbytes"] >= plain["ram_nbytes"]
     assert tuned["seconds"] > plain["seconds"] > neither["seconds"]
-    # Candidates are shaped, even where the plan's linears are rounded to nearest.
-    assert shaped["disk_nbytes"] - neither["disk_nbytes"] == rounded["disk_nbytes"] - neither["disk_nbytes"] == nbytes
+    assert shaped["disk_nbytes"] - neither["disk_nbytes"] == nbytes
+    assert rounded["disk_nbytes"] == neither["disk_nbytes"]
     assert shaped["seconds"] > neither["seconds"]
     assert shaped["ram_nbytes"] > neither["ram_nbytes"]
-
-
-def test_nothing_is_measured_for_what_is_rounded(model, tmp_path):
-    changes = {"quantizer__algorithm": "rtn", "budget__avg_bits": None, "budget__bits": 3}
-    found = [
-        check(recipe_for(model, quantizer__shape_errors=shape, **changes), out=tmp_path / "out")["disk_nbytes"]
-        for shape in (True, False)
-    ]
-    assert found[0] == found[1]
 
 
 # Time
@@ -161,7 +152,9 @@ def test_sweeps_and_options_of_two_widths_take_time(model, monkeypatch):
 
 
 def test_every_option_needs_memory(model):
-    sessions = [open_session(recipe_for(model, allocation__layer_only=only)) for only in (True, False)]
+    sessions = [
+        open_session(recipe_for(model, allocation__layer_only=only, allocation__refine=1)) for only in (True, False)
+    ]
     options = [[(spec, one) for spec in s.skeleton.linears for one in s.options()[spec.name]] for s in sessions]
     assert len(options[1]) > 1.4 * len(options[0])  # two profiles beside four widths
     waiting = [preflight._waiting_nbytes(session) for session in sessions]
