@@ -47,6 +47,7 @@ RTN = {
     "quantizer.correction": 0.0,
     "quantizer.sequential": False,
     "quantizer.correction_of": "layer",
+    "quantizer.shape_errors": False,
     "allocation.layer_only": True,
 }
 PARTS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ 8-bit scales": {"quantizer.scale_dtype": "float8"},
     "+ descent": {"quantizer.sweeps": 3},
     "+ correction of the stream": {"quantizer.correction_of": "stream"},
+    "+ errors shared by rows": {"quantizer.shape_errors": True},
     "+ group bits": {"allocation.layer_only": False},
     "+ text of its own": {"calibration.source": "self"},
     "+ tuning": {"quantizer.tune": 200},

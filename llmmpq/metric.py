@@ -13,10 +13,10 @@ from llmmpq.measure.output_metric import (
     NUM_DRAWS,
     PIECE,
     PIECE_OF_WIDE,
-    TOKENS,
     BlockMetric,
     measure_output_metric,
     num_passes,
+    num_tokens,
 )
 from llmmpq.measure.states import Place, StateStore
 from llmmpq.model.stream import Block, BlockStream
@@ -81,7 +81,7 @@ def _tensors(metric: BlockMetric) -> dict[str, torch.Tensor]:
 
 def _num_windows(session: Session, num_windows: int) -> int:
     """As many windows as the metric's tokens fill, at least one for each process."""
-    wanted = math.ceil(TOKENS / session.recipe.calibration.window)
+    wanted = math.ceil(num_tokens(session.hidden_size) / session.recipe.calibration.window)
     return min(num_windows, max(wanted, session.ranks.num))
 
 
@@ -90,7 +90,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "model": job.weights_digests,
         "calibration tokens": job.tokens.calibration.digest,
         "metric settings": {
-            "tokens": TOKENS,
+            "tokens": num_tokens(job.session.hidden_size),
             "draws": NUM_DRAWS,
             "pieces": [PIECE, PIECE_OF_WIDE],
             "dtype": str(job.session.measuring_dtype).removeprefix("torch."),

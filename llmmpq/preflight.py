@@ -27,7 +27,7 @@ from llmmpq.allocate.problem import Problem
 from llmmpq.allocate.solve import check_feasible
 from llmmpq.budgets import budget_of
 from llmmpq.errors import CalibrationError, CheckpointError, InfeasibleBudgetError, RecipeError
-from llmmpq.measure.output_metric import NUM_DRAWS, TOKENS, piece_sizes
+from llmmpq.measure.output_metric import NUM_DRAWS, num_tokens, piece_sizes
 from llmmpq.measure.pairs import count_pairs, count_passes
 from llmmpq.output import foresee_output
 from llmmpq.planning import check_every_pair, pair_sizes
@@ -287,7 +287,7 @@ def _metric_tokens(session: Session) -> int:
     quantizer = session.recipe.quantizer
     if not _shapes(session) and (not quantizer.tune or quantizer.tune_metric == "plain"):
         return 0
-    return min(TOKENS, session.recipe.calibration.tokens)
+    return min(num_tokens(session.hidden_size), session.recipe.calibration.tokens)
 
 
 def _largest_tensor(session: Session) -> int:

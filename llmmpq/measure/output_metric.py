@@ -26,7 +26,7 @@ from llmmpq.model.stream import Block, BlockStream
 from llmmpq.quantize.shape import Piece, share_rows
 
 # Legend: T tokens, D hidden, V vocabulary, S draws.
-TOKENS = 4096
+TOKENS, TOKENS_PER_CHANNEL = 8192, 4  # at least so many, and for so many hidden channels: docs/log.md
 NUM_DRAWS = 2  # per token: another costs one more pass backward, another token also the passes forward
 COPIES_OF_LOGITS = 8  # in float32: the logits, their probabilities, in float64 their running sum, and gradients
 # Of G in what tuning minimises. The rest is the plain error: G is known from few tokens, and least where it is small.
@@ -71,6 +71,11 @@ def measure_output_metric(
         found = {name: moment.means(name) for name, moment in moments.items()}
         linears = {name: metrics for name, metrics in found.items() if metrics is not None}
         save(block.index, BlockMetric(output_DD=output_DD, linears=linears))
+
+
+def num_tokens(hidden_size: int) -> int:
+    """Of the calibration text, where it has as many."""
+    return max(TOKENS, TOKENS_PER_CHANNEL * hidden_size)
 
 
 def piece_sizes(num_outputs: int) -> list[int]:
