@@ -1,7 +1,7 @@
 """How long one block of an 8B-shaped model takes to quantize on this CPU, and where the time goes.
 
     python eval/synthetic.py /tmp/block8b --blocks 1 --hidden 4096 --intermediate 14336 --kv-heads 8 --vocab 4096
-    python eval/block_time.py /tmp/block8b [--bits 3] [--tokens 2048] [--threads 2] [--tune 0]
+    python eval/block_time.py /tmp/block8b [--bits 3] [--tokens 2048] [--threads 2] [--tune 0] [--unshaped]
 
 Runs the whole command in this process under a profiler; its own cost is far below a percent here, where nearly all of
 the time passes inside torch. The parts are steps of `execute.quantize_block`; what is left over is hashing and loading
@@ -22,6 +22,7 @@ from llmmpq import pipeline
 from llmmpq.recipe import load_recipe
 
 PARTS = {
+    "gradients for the metric": ("output_metric.py", "pull_back"),
     "second moments": ("moments.py", "add"),
     "... and their means": ("moments.py", "means"),
     "error correction, targets": ("correct.py", "correction_target"),
@@ -30,6 +31,7 @@ PARTS = {
     "scales and zeros": ("grid.py", "find_grid"),
     "GPTQ": ("gptq.py", "gptq"),
     "descent": ("descent.py", "descend"),
+    "errors moved to other rows": ("shape.py", "pass_on_"),
     "packing": ("linear.py", "pack_codes"),
     "tuning": ("tuning.py", "tune_block"),
 }
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sweeps", type=int, default=3)
     parser.add_argument("--tune", type=int, default=0)
+    parser.add_argument("--unshaped", action="store_true", help="rows share no errors")
     args = parser.parse_args()
     recipe = load_recipe("cpu").override(
         {
@@ -52,6 +55,7 @@ def main() -> None:
             "calibration.tokens": args.tokens,
             "quantizer.sweeps": args.sweeps,
             "quantizer.tune": args.tune,
+            "quantizer.shape_errors": not args.unshaped,
             "run.threads": args.threads,
         }
     )
