@@ -21,7 +21,6 @@ from llmmpq.measure.candidates import MeasureSettings, candidates_of
 from llmmpq.measure.pairs import Candidates, LoadedModel, count_passes, to_gram
 from llmmpq.measure.perturb import Perturbations, expected_forwards
 from llmmpq.measure.reliability import reliability_of
-from llmmpq.metric import load_metric, metric_stage
 from llmmpq.model.stream import Block
 from llmmpq.planning import check_every_pair, pair_sizes
 from llmmpq.quantize.linear import dequantized
@@ -40,6 +39,9 @@ from llmmpq.quantizing import (
 from llmmpq.records import LinearSpec, Plan, Quadratic, Scheme, Sensitivity
 from llmmpq.ridejournal import RideJournal
 from llmmpq.workdir import Stage
+
+# Settings of the quantizer for the final model alone.
+AFTER_MEASURING = ("shape_errors", "tune", "tune_metric")
 
 Options = Mapping[str, tuple[Scheme, ...]]
 
@@ -132,20 +134,20 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     inputs = _inputs(job) | {
         "probe tokens": job.tokens.probe.digest,
         "around": {name: linear.scheme.to_json() for name, linear in plan.linears.items()},
-        "quantizer settings": {key: value for key, value in quantizer if key not in ("tune", "tune_metric")},
+        "quantizer settings": {key: value for key, value in quantizer if key not in AFTER_MEASURING},
     }
     stage = job.work.stage("measure-around", inputs)
     known = _known(stage)
     if known is not None:
         return known
-    # Options are measured untuned, so the plan that they are compared with is too.
-    settings = dataclasses.replace(execute_settings(job.session), tune=0)
+    # Options are measured unshaped and untuned, so the plan that they are compared with is too.
+    final = execute_settings(job.session)
+    settings = dataclasses.replace(final, shape_errors=False, tune=0)
     dtype = job.session.measuring_dtype
-    # In another arithmetic, or untuned, the blocks are not those of the final model.
-    is_final = dtype == job.session.dtype and not job.session.recipe.quantizer.tune
+    # In another arithmetic, or with less done to them, the blocks are not those of the final model.
+    is_final = dtype == job.session.dtype and settings == final
     finished = quantize_stage(job, plan) if is_final else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
-    metrics = metric_stage(job) if settings.needs_metric else None
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
     rows: list[tuple[str, Scheme]] = []
@@ -161,10 +163,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
                     if settings.sequential and known_block is not None:
                         apply_result(block, known_block)
                     continue
-                metric = load_metric(metrics, block)
-                result = quantize_block(
-                    block, plan, settings, on_linear=lambda _spec: None, options=options, metric=metric
-                )
+                result = quantize_block(block, plan, settings, on_linear=lambda _spec: None, options=options)
                 save_packed(job, finished, block.index, result)
                 rows += ride_through(ride, block, result, settings=settings, on_forward=advance)
                 if not block.is_head:
@@ -342,7 +341,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "quantizer settings": {
             key: value
             for key, value in recipe["quantizer"].items()
-            if key not in ("sequential", "correction", "algorithm", "shape_errors", "tune", "tune_metric")
+            if key not in ("sequential", "correction", "algorithm", *AFTER_MEASURING)
         },
         "options": {name: [s.to_json() for s in schemes] for name, schemes in job.session.options().items()},
         "numerics": job.session.numerics(),

@@ -320,13 +320,11 @@ def _estimate_seconds(session: Session) -> float | None:
         total += 2 * tokens * moments + factors
         for spec in specs:
             num_gptqs = _count_gptqs((session.scheme(8),), sweeps=sweeps)
-            num_shaped = 1
             if _is_measured(session):
                 num_gptqs += _num_rounds(session) * _count_gptqs(options[spec.name], sweeps=sweeps)
-                num_shaped += (_num_rounds(session) - 1) * len(options[spec.name])
             total += num_gptqs * spec.num_weights * spec.shape[1]
             if _shapes(session):  # each part of the rows moves its error into those after it
-                total += num_shaped * piece_sizes(spec.shape[0])[0] * spec.num_weights / 2
+                total += piece_sizes(spec.shape[0])[0] * spec.num_weights / 2
         if _is_measured(session):
             total += _num_rounds(session) * (2 * tokens * weights + tokens * moments + factors)
     # Element-wise work (scale search, packing) takes about as long again as the products.

@@ -27,6 +27,7 @@ from llmmpq.quantize.gptq import Factor, factorize
 # Legend: N rows (outputs), K columns (inputs), n rows of a part, p rows of a piece.
 # Figures in docs/log.md. A row of the last part finds nobody to help it: one in so many of the gain is lost.
 NUM_PARTS = 16
+SMALLEST_PART = 8  # rows: every part costs as many steps as the matrix has columns
 
 # Given rows and what they should be, puts them on the grid and returns the values there.
 QuantizeRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,7 +42,7 @@ class Piece:
 
     def part(self, number: int) -> slice:
         """Places in visiting order; empty where the piece has fewer parts."""
-        step = -(-len(self.rows_p) // NUM_PARTS)
+        step = max(SMALLEST_PART, -(-len(self.rows_p) // NUM_PARTS))
         return slice(min(number * step, len(self.rows_p)), min((number + 1) * step, len(self.rows_p)))
 
     def pass_on_(self, weight_NK: torch.Tensor, part: slice, error_nK: torch.Tensor) -> None:

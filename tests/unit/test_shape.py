@@ -6,7 +6,7 @@ import torch
 from llmmpq.measure.output_metric import mixed_metric
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized
-from llmmpq.quantize.shape import NUM_PARTS, shape_errors, share_rows
+from llmmpq.quantize.shape import NUM_PARTS, SMALLEST_PART, shape_errors, share_rows
 from llmmpq.records import Scheme
 
 ROWS, COLUMNS = 40, 24
@@ -46,8 +46,14 @@ def test_every_row_is_visited_once_and_those_that_matter_most_first():
     shape_errors(random(ROWS, COLUMNS), share_rows([metric]), note)
     order = [row for rows in seen for row in rows]
     assert order == torch.argsort(metric.diagonal(), descending=True, stable=True).tolist()
-    assert len(seen) == -(-ROWS // 3) <= NUM_PARTS
-    assert {len(rows) for rows in seen[:-1]} == {3}
+    assert [len(rows) for rows in seen] == [SMALLEST_PART] * (ROWS // SMALLEST_PART)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [1]), (100, [8] * 12 + [4]), (160, [10] * 16), (170, [11] * 15 + [5])])
+def test_sizes_of_parts(rows, sizes):
+    (piece,) = share_rows([torch.eye(rows)])
+    parts = [piece.part(number) for number in range(NUM_PARTS)]
+    assert [part.stop - part.start for part in parts] == sizes + [0] * (NUM_PARTS - len(sizes))
 
 
 def test_the_rows_to_come_are_where_they_cost_least():
@@ -69,7 +75,7 @@ def test_the_rows_to_come_are_where_they_cost_least():
         return values
 
     shape_errors(weight, share_rows([metric]), check)
-    assert sum(checked) == ROWS - 3
+    assert sum(checked) == ROWS - SMALLEST_PART
 
 
 def test_rows_of_different_pieces_do_not_share():
