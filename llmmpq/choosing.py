@@ -1,8 +1,8 @@
 """From a budget to a plan: measure as the method asks, solve, and measure again around the plan while that helps.
 
-What a plan is worth is its KL on the probe, measured with everything quantized one after the other as it will be in
-the end. Measuring around a plan gives that figure and the next quadratic model in one pass; of all plans met on the
-way the one with the least measured KL is kept.
+Where a plan is measured around, what it is worth is its KL on the probe, measured with everything quantized one after
+the other as it will be in the end; of all plans met on the way the one with the least measured KL is kept. Where no
+more is done to the final model than to the plan that is measured around, that pass gives the figure too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from llmmpq.allocate.problem import Problem, build_problem
 from llmmpq.allocate.solve import Solution, check_feasible, solve, solve_quadratic, to_plan, uniform
 from llmmpq.budgets import budget_of
 from llmmpq.job import Job
-from llmmpq.measuring import measure_around, measure_every_pair, measure_locally, measure_pairs
+from llmmpq.measuring import (
+    measure_around,
+    measure_every_pair,
+    measure_locally,
+    measure_pairs,
+    measured_as_final,
+)
 from llmmpq.planning import unmeasured_problem
 from llmmpq.quantizing import probe_kl
 from llmmpq.records import Plan, Sensitivity
@@ -113,7 +119,7 @@ def _refined(job: Job, plan: Plan, nbytes: int, budget: dict[str, object]) -> Pl
     for _ in range(job.session.recipe.allocation.refine):
         sensitivity = measure_around(job, plan)
         assert sensitivity.quadratic is not None
-        measured = sensitivity.quadratic.base_kl
+        measured = sensitivity.quadratic.base_kl if measured_as_final(job) else probe_kl(job, plan)
         if measured < best_kl:
             best, best_kl = replace(plan, measured_kl=measured), measured
         following = _solved(job, sensitivity, nbytes, budget, with_pairs=True)

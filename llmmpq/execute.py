@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmmpq.errors import CalibrationError
 from llmmpq.measure.moments import Moment
 from llmmpq.measure.output_metric import BlockMetric, mixed_metric, row_pieces
 from llmmpq.model.landing import Landing, errors_where_it_lands, landing_of
@@ -24,6 +25,9 @@ from llmmpq.quantize.linear import LinearQuantizer, dequantized, pack_codes, qua
 from llmmpq.quantize.tune import Rounded, Tuned
 from llmmpq.records import LinearSpec, PackedTensor, Plan, Scheme
 from llmmpq.tuning import tune_block
+
+NO_GRADIENT = "no gradient of the calibration text reached it, or none that is a number"
+UNFACTORED = "the second moment of its gradients could not be factored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,12 @@ class ExecuteSettings:
         return self.corrects and self.correct_stream
 
     @property
+    def shapes(self) -> bool:
+        return self.shape_errors and self.use_gptq
+
+    @property
     def needs_metric(self) -> bool:
-        return (self.shape_errors and self.use_gptq) or (self.tune > 0 and self.tune_by_output)
+        return self.shapes or (self.tune > 0 and self.tune_by_output)
 
     @property
     def follow_original(self) -> bool:
@@ -131,7 +139,8 @@ def quantize_block(
             }
             notes[spec.name] = _note(quantized.algorithm, settings, factor, moment, trace)
             if factor is not None and settings.shape_errors and pieces is None and not block.is_head:
-                notes[spec.name]["unshaped"] = "no gradient of the calibration text reached it"
+                known = metric is not None and spec.name in metric.linears
+                notes[spec.name]["unshaped"] = UNFACTORED if known else NO_GRADIENT
             if landing is not None:
                 notes[spec.name]["corrects"] = f"input of {landing.module}" if landing.module else "output of the block"
             if settings.sequential:
@@ -153,6 +162,11 @@ def quantize_block(
     if rounded:
         metric_DD = None
         if metric is not None and settings.tune_by_output:
+            if metric.output_DD is None:
+                raise CalibrationError(
+                    f"no gradient by the output of {block.name} is a number: tuning cannot weigh its error. Tune with "
+                    "tune_metric: plain, or calibrate on other text."
+                )
             metric_DD = mixed_metric(metric.output_DD.to(block.device))
         tuned = tune_block(block, rounded, steps=settings.tune, metric_DD=metric_DD)
         _take(tuned, block, list(rounded), settings, packed=packed, notes=notes)

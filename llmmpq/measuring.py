@@ -127,7 +127,7 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     """The same around a plan: linears are quantized one after the other, each also in the options it might have had.
 
     An option is tried on the inputs that the plan gives it, with everything behind it as the plan has it. What the
-    plan's own options gave is kept for the final quantization.
+    plan's own options gave is kept for the final quantization, where that does no more.
     """
     options = job.session.options()
     quantizer = job.session.recipe.to_dict()["quantizer"].items()
@@ -141,12 +141,9 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     if known is not None:
         return known
     # Options are measured unshaped and untuned, so the plan that they are compared with is too.
-    final = execute_settings(job.session)
-    settings = dataclasses.replace(final, shape_errors=False, tune=0)
+    settings = dataclasses.replace(execute_settings(job.session), shape_errors=False, tune=0)
     dtype = job.session.measuring_dtype
-    # In another arithmetic, or with less done to them, the blocks are not those of the final model.
-    is_final = dtype == job.session.dtype and settings == final
-    finished = quantize_stage(job, plan) if is_final else stage
+    finished = quantize_stage(job, plan) if measured_as_final(job) else stage
     per_block = [num - len(specs) for num, specs in zip(_options_per_block(job, options), _blocks(job), strict=True)]
     stream = stream_of(job, follow_original=settings.follow_original, dtype=dtype, many=True)
     ride = start_ride(job, stream, num_rows=sum(per_block), folder=stage.folder, base_is_original=False)
@@ -174,6 +171,12 @@ def measure_around(job: Job, plan: Plan) -> Sensitivity:
     sensitivity = _finished(job, stage, found, rows, [], around=plan)
     journal.close()
     return sensitivity
+
+
+def measured_as_final(job: Job) -> bool:
+    """Whether blocks around which is measured are those of the final model: in its arithmetic, unshaped and untuned."""
+    settings = execute_settings(job.session)
+    return job.session.measuring_dtype == job.session.dtype and not settings.shapes and not settings.tune
 
 
 def measure_every_pair(job: Job) -> Sensitivity:

@@ -29,10 +29,10 @@ OUTPUT = "output"  # the block's own, beside those of its linears
 def metric_stage(job: Job) -> Stage:
     """Where each block's metric lies. Measured anew where one of them is missing or damaged.
 
-    Nothing of an interrupted measurement is taken over: all of it takes about as long as ten steps of tuning.
+    Nothing of an interrupted measurement is taken over: it costs each block two passes forward and one backward.
     """
     session, ranks = job.session, job.session.ranks
-    stage = job.work.stage("metric", _inputs(job))
+    stage = open_stage(job)
     num_blocks = len(session.skeleton.block_names)
     if all(stage.load_block(index) is not None for index in range(num_blocks)):
         return stage
@@ -59,6 +59,15 @@ def metric_stage(job: Job) -> Stage:
     return stage
 
 
+def open_stage(job: Job) -> Stage:
+    return job.work.stage("metric", _inputs(job))
+
+
+def metric_on_disk(job: Job) -> int:
+    """How many bytes of it there are."""
+    return open_stage(job).nbytes
+
+
 def load_metric(stage: Stage | None, block: Block) -> BlockMetric | None:
     """None without a stage, and for an output head."""
     if stage is None or block.is_head:
@@ -67,7 +76,7 @@ def load_metric(stage: Stage | None, block: Block) -> BlockMetric | None:
     if loaded is None:
         raise CheckpointError(f"{stage.block_file(block.index)} vanished or was damaged: run the same command again")
     tensors = dict(loaded[1])
-    output_DD = tensors.pop(OUTPUT)
+    output_DD = tensors.pop(OUTPUT, None)
     linears: dict[str, list[torch.Tensor]] = {}
     for key in sorted(tensors, key=lambda key: int(key.rpartition(":")[2])):
         linears.setdefault(key.rpartition(":")[0], []).append(tensors[key])
@@ -76,7 +85,7 @@ def load_metric(stage: Stage | None, block: Block) -> BlockMetric | None:
 
 def _tensors(metric: BlockMetric) -> dict[str, torch.Tensor]:
     pieces = {f"{name}:{n}": piece for name, found in metric.linears.items() for n, piece in enumerate(found)}
-    return {OUTPUT: metric.output_DD, **pieces}
+    return pieces if metric.output_DD is None else {OUTPUT: metric.output_DD, **pieces}
 
 
 def _num_windows(session: Session, num_windows: int) -> int:

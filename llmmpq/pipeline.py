@@ -26,6 +26,7 @@ from llmmpq.hub import Destination, check_destination
 from llmmpq.inference import evaluate, generate, load_model, run_tasks
 from llmmpq.inspection import explain_runtime, inspect_folder, plan_of
 from llmmpq.job import Job, open_job
+from llmmpq.metric import metric_on_disk
 from llmmpq.output import PLAN_FILE, OutputSpec, claim_output, read_plan, refuse_output, write_output
 from llmmpq.planning import check_budget, plan_from_file, unmeasured_problem, write_plan
 from llmmpq.preflight import check_disks, metric_nbytes, preflight
@@ -103,10 +104,10 @@ def quantize_model(
         else:
             plan = plan or choose_plan(job)
             made = dataclasses.replace(plan, provenance=provenance)
-            nbytes, journal_nbytes = kept_nbytes + made.nbytes, made.nbytes + metric_nbytes(session)
-            work = job.work.folder
+            stage, nbytes, work = quantize_stage(job, made), kept_nbytes + made.nbytes, job.work.folder
+            # What an earlier run has left of both is there already.
+            journal_nbytes = max(made.nbytes - stage.nbytes, 0) + max(metric_nbytes(session) - metric_on_disk(job), 0)
             ranks.from_first(lambda: check_disks(out, work, output_nbytes=nbytes, journal_nbytes=journal_nbytes))
-            stage = quantize_stage(job, made)
             resumed, notes = quantize_blocks(job, stage, made)
             plan, report = made, _report(job, made, notes)
             written = report

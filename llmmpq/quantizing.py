@@ -12,7 +12,7 @@ from llmmpq.execute import BlockResult, ExecuteSettings, apply_result, quantize_
 from llmmpq.job import Job
 from llmmpq.measure.perturb import Perturbations, Ride
 from llmmpq.measure.states import Place, StateStore
-from llmmpq.metric import load_metric, metric_stage
+from llmmpq.metric import load_metric, metric_stage, open_stage
 from llmmpq.model.stream import Block, BlockStream
 from llmmpq.progress import Progress
 from llmmpq.quantize.linear import dequantized
@@ -35,6 +35,8 @@ def quantize_stage(job: Job, plan: Plan) -> Stage:
         "quantizer settings": job.session.recipe.to_dict()["quantizer"],
         "numerics": job.session.numerics(),
     }
+    if execute_settings(job.session).needs_metric:
+        inputs["output metric"] = open_stage(job).digest
     return job.work.stage("quantize", inputs)
 
 

@@ -27,7 +27,7 @@ from llmmpq.errors import CheckpointError
 from llmmpq.ranks import ALONE, Ranks
 
 # Raise when a change of code changes results: artifacts of older code are then not reused.
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 DEFAULT_WORK_FOLDER = ".llmmpq-work"  # beside the output, unless --work-dir says otherwise
 
 
@@ -116,6 +116,11 @@ class Stage:
         if not self.ranks.is_first:
             return
         _write(self.folder / "result.json", json.dumps(result).encode())
+
+    @property
+    def nbytes(self) -> int:
+        """Of the blocks that lie there."""
+        return sum(path.stat().st_size for path in self.folder.glob("block-*.safetensors"))
 
     def block_file(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"

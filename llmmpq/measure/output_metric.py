@@ -44,7 +44,7 @@ class BlockMetric:
     A linear that no gradient reaches is absent.
     """
 
-    output_DD: torch.Tensor
+    output_DD: torch.Tensor | None  # None where no gradient is a number
     linears: Mapping[str, list[torch.Tensor]]
 
 
@@ -60,17 +60,12 @@ def measure_output_metric(
     gradients = [gradient.to(stream.states_device) for gradient in _by_last_output(stream, store, on_pass)]
     for block in stream.backwards(lambda index: [store.read(window, _row(index - 1)) for window in windows]):
         output_DD = _second_moment(stream, block.index, gradients)
-        moments = {spec.name: _Pieces(spec.shape[0], stream) for spec in block.linears}
+        linears = _OfLinears(block, stream)
         for window, state in enumerate(block.states):
-            by_state, by_linears = pull_back(block, state, gradients[window])
-            gradients[window] = by_state.to(stream.states_device)
-            for name, gradient in by_linears:
-                moments[name].add(gradient)
-            del by_linears
+            found = pull_back(block, state, gradients[window], on_linear=linears.add)
+            gradients[window] = found.to(stream.states_device)
             on_pass()
-        found = {name: moment.means(name) for name, moment in moments.items()}
-        linears = {name: metrics for name, metrics in found.items() if metrics is not None}
-        save(block.index, BlockMetric(output_DD=output_DD, linears=linears))
+        save(block.index, BlockMetric(output_DD=output_DD, linears=linears.means()))
 
 
 def num_tokens(hidden_size: int) -> int:
@@ -85,21 +80,32 @@ def piece_sizes(num_outputs: int) -> list[int]:
     return [len(outputs) for outputs in torch.arange(num_outputs).tensor_split(num_pieces)]
 
 
-class _Pieces:
-    """Second moments of the gradients by one linear's output, piece by piece."""
+class _OfLinears:
+    """Second moments of the gradients by what the linears of a block give, piece by piece."""
 
-    def __init__(self, num_outputs: int, stream: BlockStream) -> None:
-        self.sizes, self.ranks = piece_sizes(num_outputs), stream.ranks
-        self.moments = [Moment(size, device=stream.device, ranks=stream.ranks) for size in self.sizes]
+    def __init__(self, block: Block, stream: BlockStream) -> None:
+        self.ranks, self.sizes = stream.ranks, {spec.name: piece_sizes(spec.shape[0]) for spec in block.linears}
+        self.moments = {
+            name: [Moment(size, device=stream.device, ranks=stream.ranks) for size in sizes]
+            for name, sizes in self.sizes.items()
+        }
 
-    def add(self, gradient: torch.Tensor) -> None:
-        for moment, piece in zip(self.moments, gradient.split(self.sizes, dim=-1), strict=True):
+    def add(self, name: str, gradient: torch.Tensor) -> None:
+        rows = gradient.flatten(0, -2)
+        if not bool(torch.isfinite(rows).all()):  # of a token whose gradient is none, no piece has anything
+            rows = rows[torch.isfinite(rows).all(dim=1)]
+        for moment, piece in zip(self.moments[name], rows.split(self.sizes[name], dim=-1), strict=True):
             moment.add(piece)
 
-    def means(self, name: str) -> list[torch.Tensor] | None:
-        """None where no process has seen a gradient."""
-        num_rows, _ = self.ranks.sum_numbers(min(moment.num_rows for moment in self.moments), 0)
-        return [moment.means(f"the output metric of {name}")[0] for moment in self.moments] if num_rows else None
+    def means(self) -> dict[str, list[torch.Tensor]]:
+        """Without the linears of which no process has seen a gradient."""
+        found = {}
+        for name in list(self.moments):
+            moments = self.moments.pop(name)
+            num_rows, _ = self.ranks.sum_numbers(moments[0].num_rows, 0)
+            if num_rows:
+                found[name] = [moment.means(f"the output metric of {name}")[0] for moment in moments]
+        return found
 
 
 def num_passes(num_blocks: int, num_windows: int) -> int:
@@ -123,15 +129,19 @@ def row_pieces(metric: BlockMetric | None, name: str, device: torch.device) -> l
 
 
 def pull_back(
-    block: Block, state: torch.Tensor, gradients_STD: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
-    """Gradients by the block's input from those by its output, for one sequence; and by what each linear gives."""
+    block: Block, state: torch.Tensor, gradients_STD: torch.Tensor, *, on_linear: Callable[[str, torch.Tensor], None]
+) -> torch.Tensor:
+    """Gradients by the block's input from those by its output, for one sequence; `on_linear` sees those by linears."""
     state = state.detach().to(block.device).requires_grad_()
     outputs: list[tuple[str, torch.Tensor]] = []
-    with torch.enable_grad(), block.with_outputs(lambda name, output: outputs.append((name, output))):
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        if output.requires_grad:  # not where the block cuts the gradient itself
+            outputs.append((name, output))
+
+    with torch.enable_grad(), block.with_outputs(keep):
         result = block.call(state)
     last, by_state = len(gradients_STD) - 1, []
-    by_linears: list[tuple[str, torch.Tensor]] = []
     for draw, gradient_TD in enumerate(gradients_STD):
         first, *others = torch.autograd.grad(
             result,
@@ -141,8 +151,11 @@ def pull_back(
             allow_unused=True,
         )
         by_state.append(first)
-        by_linears += [(name, found) for (name, _), found in zip(outputs, others, strict=True) if found is not None]
-    return torch.cat(by_state), by_linears
+        for (name, _), gradient in zip(outputs, others, strict=True):
+            if gradient is not None:
+                on_linear(name, gradient)
+        del others
+    return torch.cat(by_state)
 
 
 def draw_tokens(logits_TV: torch.Tensor, uniform_ST: torch.Tensor) -> torch.Tensor:
@@ -199,12 +212,13 @@ def _through_head(around: Around, states_1TD: torch.Tensor, uniform_ST: torch.Te
     return torch.cat(found)
 
 
-def _second_moment(stream: BlockStream, index: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+def _second_moment(stream: BlockStream, index: int, gradients: list[torch.Tensor]) -> torch.Tensor | None:
     """E[g g'] over tokens and draws of all processes. Gradients with NaN or inf are left out."""
     moment = Moment(gradients[0].shape[-1], device=stream.device, ranks=stream.ranks)
     for gradient_STD in gradients:
         moment.add(gradient_STD.to(stream.device))
-    return moment.means(f"the output metric of {stream.skeleton.block_names[index]}")[0]
+    num_rows, _ = stream.ranks.sum_numbers(moment.num_rows, 0)
+    return moment.means(f"the output metric of {stream.skeleton.block_names[index]}")[0] if num_rows else None
 
 
 def _row(index: int) -> slice:

@@ -98,9 +98,14 @@ class Block:
 
     @contextmanager
     def with_outputs(self, hook: OutputHook) -> Iterator[None]:
-        """Shows `hook` what each linear gives, as it is called."""
+        """Shows `hook` what each linear gives, as it is called; the block goes on with a copy, which it may change."""
+
+        def show(name: str, output: torch.Tensor) -> torch.Tensor:
+            hook(name, output)
+            return output.clone()
+
         handles = [
-            self.linear(spec).register_forward_hook(lambda _module, _args, output, name=spec.name: hook(name, output))
+            self.linear(spec).register_forward_hook(lambda _module, _args, output, name=spec.name: show(name, output))
             for spec in self.linears
         ]
         try:

@@ -22,9 +22,6 @@ from llmmpq_kernels.layout import pack
 from llmmpq_kernels.reference import dequantize
 from llmmpq_kernels.runs import pack_runs, pack_zeros
 
-# How far rows that take over errors may reach beyond the widest of the matrix before its scales end.
-SHAPED_HEADROOM = 2.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
@@ -87,7 +84,7 @@ class LinearQuantizer:
         self, scheme: Scheme, factor: Factor, pieces: Sequence[Piece]
     ) -> tuple[torch.Tensor, torch.Tensor, Grid]:
         """Part by part: what each row was asked to be, its codes, and the grid of all."""
-        groups = self._groups(scheme, headroom=SHAPED_HEADROOM)
+        groups = self._groups(scheme)
         codes_NK = torch.empty(self.weight_NK.shape, dtype=torch.uint8, device=self.weight_NK.device)
         shape = (len(codes_NK), scheme.num_groups(codes_NK.shape[1]))
         scales_NG = torch.empty(shape, dtype=torch.float32, device=codes_NK.device)
@@ -116,16 +113,16 @@ class LinearQuantizer:
             return of_width(None)
         return combine_grids([of_width(bits) for bits in groups.widths], groups.choice_G)
 
-    def _groups(self, scheme: Scheme, *, headroom: float = 1.0) -> _Groups:
+    def _groups(self, scheme: Scheme) -> _Groups:
         """Where a scheme has several widths, the groups that lose most get the wide ones."""
         if scheme.bits is not None:
-            stored = stored_scales_for(self.weight_NK, scheme, scheme.bits, headroom=headroom)
+            stored = stored_scales_for(self.weight_NK, scheme, scheme.bits)
             return _Groups(scheme=scheme, stored=stored)
         runs = scheme.widths((self.weight_NK.shape[0], self.weight_NK.shape[1]))
         losses_GB = np.stack([self._losses(scheme, bits) for bits, _ in runs], axis=1)
         return _Groups(
             scheme=scheme,
-            stored=stored_scales_for(self.weight_NK, scheme, runs[0][0], headroom=headroom),
+            stored=stored_scales_for(self.weight_NK, scheme, runs[0][0]),
             widths=tuple(bits for bits, _ in runs),
             choice_G=assign_widths(losses_GB, [count for _, count in runs]),
         )

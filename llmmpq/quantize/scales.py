@@ -49,13 +49,8 @@ class StoredScales:
         return scales.half() if self.base is None else nearest_scale_codes(scales, self.base)
 
 
-def stored_scales_for(
-    weight_NK: torch.Tensor, scheme: Scheme, narrowest: int, *, headroom: float = 1.0
-) -> StoredScales:
-    """What the scales of this matrix may be; the narrowest width of its groups needs the largest.
-
-    `headroom`: how many times as large as the matrix itself asks for, a power of two.
-    """
+def stored_scales_for(weight_NK: torch.Tensor, scheme: Scheme, narrowest: int) -> StoredScales:
+    """What the scales of this matrix may be; the narrowest width of its groups needs the largest."""
     low, high = min(float(weight_NK.min()), 0.0), max(float(weight_NK.max()), 0.0)
     levels = 2 ** (narrowest - 1)
     largest = max(high, -low) / levels if scheme.symmetric else (high - low) / (2 * levels - 1)
@@ -68,5 +63,5 @@ def stored_scales_for(
         return StoredScales(base=None)
     if scheme.symmetric:
         largest *= levels / (levels - 1)  # wide enough for both ends, as the widest range that the search tries
-    base = max(headroom * largest / LARGEST_FACTOR, SMALLEST_BASE)
+    base = max(largest / LARGEST_FACTOR, SMALLEST_BASE)
     return StoredScales(base=torch.tensor([base], dtype=torch.float32, device=weight_NK.device))

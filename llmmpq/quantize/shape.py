@@ -27,6 +27,7 @@ from llmmpq.quantize.gptq import Factor, factorize
 # Legend: N rows (outputs), K columns (inputs), n rows of a part, p rows of a piece.
 # Figures in docs/log.md. A row of the last part finds nobody to help it: one in so many of the gain is lost.
 NUM_PARTS = 16
+DAMPING = 1e-6  # of G, which is mixed with the identity already: for what rounding may leave
 SMALLEST_PART = 8  # rows: every part costs as many steps as the matrix has columns
 
 # Given rows and what they should be, puts them on the grid and returns the values there.
@@ -58,7 +59,7 @@ def share_rows(metrics: Sequence[torch.Tensor]) -> list[Piece] | None:
     """Pieces from G of each, rows following one another; None when one of them has no factor."""
     pieces, start = [], 0
     for metric_pp in metrics:
-        factor: Factor | None = factorize(metric_pp, damping=0.0, activation_order=True)
+        factor: Factor | None = factorize(metric_pp, damping=DAMPING, activation_order=True)
         if factor is None:
             return None
         pieces.append(Piece(upper_pp=factor.upper_KK, rows_p=factor.order_K + start))

@@ -1,4 +1,7 @@
-"""The calibration text that all tiny models use; recipes may set torch's threads, which other tests must not see."""
+"""The calibration text that all tiny models use; recipes may set torch's threads, which other tests must not see.
+
+In `tests/e2e/forked.py` the processes that a test starts share what is set here.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
+from llmmpq.quantize import shape
 
 SENTENCE = "The quick brown fox {n} jumps over the lazy dog; (pack my box) with five dozen liquor jugs!\n"
 
@@ -22,6 +27,14 @@ def _same_threads_after() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_parts() -> Iterator[None]:
+    """Each part of the rows costs as much time as a tiny matrix: two have all that sixteen have but the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape, "NUM_PARTS", 2)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

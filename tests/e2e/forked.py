@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmmpq.cli import main
+from llmmpq.quantize import shape
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["llmmpq.pipeline", "transformers.models.llama.modeling_llama", __name__])
@@ -32,7 +33,8 @@ class Process:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._said = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        given = (list(map(str, arguments)), dict(environment or {}), largest_file, list(map(str, self._said)))
+        said = list(map(str, self._said))
+        given = (list(map(str, arguments)), dict(environment or {}), largest_file, said, shape.NUM_PARTS)
         self._process = _CONTEXT.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
@@ -72,8 +74,11 @@ def wait_for(folder: Path, pattern: str, process: Process, timeout: float) -> No
         time.sleep(0.002)
 
 
-def _run(arguments: list[str], environment: dict[str, str], largest_file: int | None, said: list[str]) -> None:
+def _run(
+    arguments: list[str], environment: dict[str, str], largest_file: int | None, said: list[str], num_parts: int
+) -> None:
     os.environ.update(environment)
+    shape.NUM_PARTS = num_parts  # what the tests of this process have, for the same bytes
     for number, path in enumerate(said, start=1):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)

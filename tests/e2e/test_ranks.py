@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llmmpq.quantize import shape
 from tests import tiny
 from tests.e2e.forked import Process, wait_for
 from tests.e2e.running import GROUP_SIZE, bits_of, digests, leftovers, raw_tensors, read_plan, run_here
@@ -23,6 +24,7 @@ from tests.e2e.running import GROUP_SIZE, bits_of, digests, leftovers, raw_tenso
 WINDOW = 48
 NUM_WINDOWS, PROBE_WINDOWS = 9, 3  # one process gets one more
 ROOT = Path(__file__).parents[2]
+NUM_PARTS = shape.NUM_PARTS  # read before tests have fewer
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,9 @@ def measured(work: Path, stage: str) -> tuple[dict[str, object], np.ndarray, np.
 
 
 def test_two_processes_do_what_one_does(
-    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shape, "NUM_PARTS", NUM_PARTS)  # the launcher's processes know of no other
     arguments = ["quantize", model, "--recipe", recipe, "--avg-bits", 4, "--json"]
     one = run_here([*arguments, "--out", tmp_path / "one" / "out"], capsys)
     assert one.code == 0, one.stderr

@@ -12,6 +12,7 @@ from llmmpq.measure.output_metric import BlockMetric, mixed_metric
 from llmmpq.model.stream import BlockStream
 from llmmpq.quantize.gptq import factorize
 from llmmpq.quantize.linear import LinearQuantizer, dequantized, quantize_linear
+from llmmpq.quantize.shape import share_rows
 from llmmpq.quantizing import execute_settings
 from llmmpq.recipe import Recipe
 from llmmpq.records import PackedTensor, Plan, PlannedLinear, Scheme
@@ -541,3 +542,103 @@ def test_a_moment_that_overflows_still_gives_a_sane_matrix(opened):
     error = (dequantized(result.packed[first.name], torch.float32) - original).square().sum()
     assert error < 0.2 * original.square().sum()
     blocks.close()
+
+
+def metric_with(specs, *, but=()):
+    """Few directions of each output matter, one of them most."""
+    linears = {}
+    for seed, spec in enumerate(specs):
+        if spec.name in but:
+            continue
+        gradients = torch.randn(60, spec.shape[0], generator=torch.Generator().manual_seed(seed))
+        gradients[:, 1:] += 3 * gradients[:, :1]
+        linears[spec.name] = [gradients.t() @ gradients]
+    return BlockMetric(output_DD=torch.eye(tiny.HIDDEN), linears=linears)
+
+
+def first_block(opened, settings, metric_of):
+    blocks = iter(stream_of(opened, settings))
+    block = next(blocks)
+    metric = metric_of(block.linears)
+    result = quantize_block(block, plan_of(opened[0]), settings, on_linear=lambda _spec: None, metric=metric)
+    originals = dict(block.original_weights)
+    blocks.close()
+    return result, originals, metric
+
+
+def test_errors_go_where_the_metric_sees_them_least(opened):
+    """Not sequential, so that each matrix is the same with and without; its inputs' moment is left out."""
+    costs = []
+    for shape in (False, True):
+        result, originals, metric = first_block(
+            opened(), settings_of(sequential=False, shape_errors=shape), metric_with
+        )
+        assert not any("unshaped" in note for note in result.notes.values())
+        costs.append({})
+        for name, packed in result.packed.items():
+            error = originals[name].float() - dequantized(packed, torch.float32)
+            weighed = mixed_metric(metric.linears[name][0])
+            costs[-1][name] = (float(((weighed @ error) * error).sum()), float(error.square().sum()))
+    for name, (weighed, plain) in costs[0].items():
+        assert costs[1][name][0] < 0.8 * weighed, name
+        assert costs[1][name][1] > plain, name
+
+
+@pytest.mark.parametrize("shape", [True, False])
+def test_a_linear_without_a_metric_is_rounded_row_by_row_and_noted(opened, shape):
+    skeleton, _ = opened()
+    left_out = skeleton.linears[1].name
+    found, _, _ = first_block(
+        opened(),
+        settings_of(sequential=False, shape_errors=shape),
+        lambda specs: metric_with(specs, but=(left_out,)),
+    )
+    plain, _, _ = first_block(opened(), settings_of(sequential=False), lambda specs: None)
+    same = {name for name, packed in found.packed.items() if torch.equal(packed.words, plain.packed[name].words)}
+    assert same == ({left_out} if shape else set(plain.packed))
+    sentences = fallbacks(list(found.notes.items()))
+    assert sentences == (
+        [f"{left_out}: rows share no errors: no gradient of the calibration text reached it, or none that is a number"]
+        if shape
+        else []
+    )
+
+
+def test_a_metric_that_has_no_factor_is_noted(opened):
+    def broken(specs):
+        metric = metric_with(specs)
+        metric.linears[specs[0].name][0].fill_(float("nan"))
+        return metric
+
+    found, _, _ = first_block(opened(), settings_of(shape_errors=True), broken)
+    assert [name for name, note in found.notes.items() if "unshaped" in note] == [opened()[0].linears[0].name]
+    assert "could not be factored" in fallbacks(list(found.notes.items()))[0]
+
+
+def test_what_tuning_begins_with_is_of_the_rows_as_they_were_wanted(opened):
+    """Each row was to take over errors: by that, not by the original, a code is undecided or not."""
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+    moment = inputs.t() @ inputs / 300
+    gradients = torch.randn(60, 48, generator=torch.Generator().manual_seed(2))
+    gradients[:, 1:] += 3 * gradients[:, :1]
+    quantizer = LinearQuantizer(
+        weight,
+        importance_K=moment.diagonal(),
+        factor=factorize(moment, damping=0.01, activation_order=True),
+        column_block=32,
+        sweeps=3,
+        pieces=share_rows([mixed_metric(gradients.t() @ gradients)]),
+    )
+    rounded = quantizer.quantize(Scheme(bits=3, group_size=32), to_be_tuned=True).rounded
+    away = (rounded.unrounded_NK - rounded.codes_NK).abs()
+    inside = (rounded.codes_NK > 0) & (rounded.codes_NK < 7)
+    assert float(away[inside].quantile(0.99)) < 0.55  # after descent each code is the nearest
+
+
+def test_tuning_by_an_output_without_gradients_is_refused(opened):
+    def none(specs):
+        return BlockMetric(output_DD=None, linears={})
+
+    with pytest.raises(CalibrationError, match=r"no gradient by the output of model\.layers\.0 is a number"):
+        first_block(opened(), settings_of(tune=1), none)
