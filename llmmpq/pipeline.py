@@ -106,7 +106,9 @@ def quantize_model(
             made = dataclasses.replace(plan, provenance=provenance)
             stage, nbytes, work = quantize_stage(job, made), kept_nbytes + made.nbytes, job.work.folder
             # What an earlier run has left of both is there already.
-            journal_nbytes = max(made.nbytes - stage.nbytes, 0) + max(metric_nbytes(session) - metric_on_disk(job), 0)
+            journal_nbytes = max(made.nbytes - stage.nbytes, 0)
+            if metric_nbytes(session):
+                journal_nbytes += max(metric_nbytes(session) - metric_on_disk(job), 0)
             ranks.from_first(lambda: check_disks(out, work, output_nbytes=nbytes, journal_nbytes=journal_nbytes))
             resumed, notes = quantize_blocks(job, stage, made)
             plan, report = made, _report(job, made, notes)

@@ -552,7 +552,7 @@ def test_a_disk_too_small_for_the_journal(
 
 def test_a_disk_that_fills_up_under_the_writer(attempt: Attempt) -> None:
     """A limit on the size of files: every block of the journal fits, the shard does not."""
-    arguments = attempt.arguments(budget=("--bits", 3))
+    arguments = attempt.arguments("--quantizer", "rtn", budget=("--bits", 3))
     limited = Process(arguments, largest_file=60_000)  # bytes: a block takes 15 thousand, the shard over 70
     stdout, stderr = limited.communicate(timeout=120)
     attempt.check(Outcome(limited.returncode, stdout, stderr), says="cannot write")

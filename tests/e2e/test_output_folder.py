@@ -24,7 +24,9 @@ from tests.e2e.running import PACKED_KEYS, digests, raw_tensors, read_plan, run_
 def made(calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     model = tiny.save("qwen2", folder / "model", dtype=torch.bfloat16)
-    quantize_model(tiny_recipe(model, calibration_file, output__max_shard_size="40KB"), out=folder / "out")
+    quantize_model(
+        tiny_recipe(model, calibration_file, output__max_shard_size="40KB", budget__avg_bits=4.6), out=folder / "out"
+    )
     return folder / "out"
 
 
@@ -83,7 +85,7 @@ def test_a_broken_output_is_replaced_only_when_asked(
     file: str, content: str, calibration_file: Path, tmp_path: Path, made: Path
 ) -> None:
     model = made.parent / "model"
-    recipe = tiny_recipe(model, calibration_file, output__max_shard_size="40KB")
+    recipe = tiny_recipe(model, calibration_file, output__max_shard_size="40KB", budget__avg_bits=4.6)
     out = shutil.copytree(made, tmp_path / "out")
     (out / file).write_text(content)
     with pytest.raises(CheckpointError, match="--out"):
