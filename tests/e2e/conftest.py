@@ -29,7 +29,7 @@ def _same_threads_after() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _few_parts() -> Iterator[None]:
     """Each part of the rows costs as much time as a tiny matrix: two have all that sixteen have but the time."""
     with pytest.MonkeyPatch.context() as patch:
