@@ -58,8 +58,7 @@ def begin_tuning(weight_NK: torch.Tensor, codes_NK: torch.Tensor, grid: Grid, fa
     """With r = w - dq and H the damped second moment: q_k + (H r')_k / (H_kk s). Without a factor H is the identity."""
     size, num_columns = grid.scheme.group_size, codes_NK.shape[1]
     scales_NK = grid.scales_NG.repeat_interleave(size, dim=1)[:, :num_columns]
-    zeros_NK = grid.zeros_NG.repeat_interleave(size, dim=1)[:, :num_columns]
-    rest_NK = weight_NK.float() - (codes_NK - zeros_NK) * scales_NK
+    rest_NK = weight_NK.float() - grid.values(codes_NK)
     if factor is not None:
         curvature_K = factor.moment_KK.diagonal() + factor.ridge_K
         rest_NK = torch.addmm(rest_NK * factor.ridge_K, rest_NK, factor.moment_KK).div_(curvature_K)
