@@ -29,7 +29,8 @@ from llmmpq.quantize.shape import Piece, share_rows
 TOKENS, TOKENS_PER_CHANNEL = 8192, 4  # at least so many, and for so many hidden channels: docs/log.md
 NUM_DRAWS = 2  # per token: another costs one more pass backward, another token also the passes forward
 COPIES_OF_LOGITS = 8  # in float32: the logits, their probabilities, in float64 their running sum, and gradients
-# Of G in what tuning and the sharing of errors minimise. The rest is the plain error: G is known from few tokens, and least where it is small.
+# Of G in what tuning and the sharing of errors minimise. The rest is the plain error: G is known from few tokens, and
+# least where it is small.
 METRIC_SHARE = 0.9
 
 # A linear of up to so many outputs has one G (4 * outputs^2 bytes), one of up to twice as many two. Of a wider one,
